@@ -1,0 +1,1 @@
+"""The music and the flow: values, signal processing, stages. No model runtime, no transport."""

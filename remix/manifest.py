@@ -1,0 +1,162 @@
+"""models.toml -> entries: what each model is, where its files are, what they must be.
+
+A model's files are verified here and nowhere else; who loads a file asks for `verified_path`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from remix.errors import InvalidModel, NotFound
+from remix.stages import STAGES, Stage
+
+MANIFEST_PATH = Path(__file__).resolve().parent.parent / "models.toml"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, Open Inference datatype (FP32, INT64, …) and shape of a tensor; -1 is free."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One file of a model, and the signature of the graph in it (empty if it is no graph)."""
+
+    path: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of the manifest.
+
+    Args:
+        name: how it is called in every option, report and answer.
+        stage: the runner that serves it.
+        rank: among a stage's models that are installed, the highest rank is the default.
+        weights: `published` (its authors' own), `trained-here`, or `random` (for speed and
+            parity only, and labelled so wherever it answers).
+        licence: SPDX identifier, or words where there is none.
+        source: where the weights come from.
+        quality: what was measured, and by which command.
+        sample_rate_hz: of its audio, 0 where it has none.
+        max_batch: the largest batch worth making, by device (`cpu`, `cuda`), measured.
+        files: what lies in the models folder.
+        origin: how `make models` gets the files; read by `export/install.py`.
+        facts: everything else that the flow needs to know of it.
+    """
+
+    name: str
+    stage: Stage
+    rank: int
+    weights: Literal["published", "trained-here", "random"]
+    licence: str
+    source: str
+    quality: str
+    sample_rate_hz: int
+    max_batch: Mapping[str, int]
+    files: tuple[ModelFile, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_installed(self, models_dir: Path) -> bool:
+        """Whether every file is there (unverified: a checksum takes time)."""
+        return all((models_dir / file.path).is_file() for file in self.files)
+
+    def file(self, name: str) -> ModelFile:
+        """The file whose path ends in `name`."""
+        for file in self.files:
+            if file.path.endswith(name):
+                return file
+        raise InvalidModel(f"Model {self.name} has no file {name} in the manifest.")
+
+    def verified_path(self, models_dir: Path, file: ModelFile) -> Path:
+        """Where the file lies, after its checksum was seen to be right.
+
+        Raises:
+            InvalidModel: the file is missing, or is not the manifest's.
+        """
+        path = models_dir / file.path
+        if not path.is_file():
+            raise InvalidModel(f"{path} of model {self.name} is missing: run `make models`.")
+        found = sha256_of(path)
+        if found != file.sha256:
+            raise InvalidModel(
+                f"{path} of model {self.name} has sha256 {found}, the manifest says "
+                f"{file.sha256}: remove the file and run `make models`."
+            )
+        return path
+
+
+Manifest = dict[str, ModelEntry]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def read_manifest(path: Path = MANIFEST_PATH) -> Manifest:
+    """Every entry of a manifest, by name.
+
+    Raises:
+        InvalidModel: an entry lacks a field or has a wrong one.
+    """
+    entries: Manifest = {}
+    for name, table in tomllib.loads(path.read_text()).items():
+        try:
+            entries[name] = _entry(name, dict(table))
+        except (KeyError, TypeError) as error:
+            raise InvalidModel(f"{path}: entry {name} is not a model: {error!r}.") from error
+        if entries[name].stage not in STAGES:
+            raise InvalidModel(f"{path}: entry {name} has stage {entries[name].stage!r}.")
+    return entries
+
+
+def installed(manifest: Manifest, stage: Stage, models_dir: Path) -> list[ModelEntry]:
+    """The models of a stage whose files are there, the default first."""
+    found = [e for e in manifest.values() if e.stage == stage and e.is_installed(models_dir)]
+    return sorted(found, key=lambda entry: -entry.rank)
+
+
+def default_model(manifest: Manifest, stage: Stage, models_dir: Path) -> ModelEntry:
+    """The installed model of highest rank.
+
+    Raises:
+        NotFound: the stage has no installed model.
+    """
+    found = installed(manifest, stage, models_dir)
+    if not found:
+        raise NotFound(f"No model for {stage} is installed in {models_dir}: run `make models`.")
+    return found[0]
+
+
+def _entry(name: str, table: dict[str, Any]) -> ModelEntry:
+    files = tuple(
+        ModelFile(
+            path=file["path"],
+            sha256=file["sha256"],
+            inputs=_specs(file.get("inputs", [])),
+            outputs=_specs(file.get("outputs", [])),
+        )
+        for file in table.pop("files")
+    )
+    return ModelEntry(name=name, files=files, **table)
+
+
+def _specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, datatype, tuple(shape)) for name, datatype, shape in rows)
