@@ -1,0 +1,218 @@
+"""Requests -> batches: windows of whoever is waiting are computed together.
+
+A batch is taken when a worker is free, from what waits then: nobody waits for company, and
+under load batches grow by themselves, up to the measured limit of the device. Abandoned and
+overdue requests are dropped before they cost anything; a request that fails its batch fails
+alone. Why not BentoML's own: facts in DESIGN's decision 4 and in `benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import Counter, Gauge, Histogram
+
+from remix.errors import DeadlineExceeded, QueueFull
+from remix.stages import Tensors
+
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+QUEUE_SECONDS = Histogram(
+    "philharmonics_queue_seconds", "Time a request waited for a worker", ["model"], buckets=SECONDS
+)
+COMPUTE_SECONDS = Histogram(
+    "philharmonics_compute_seconds", "Time a batch took to compute", ["model"], buckets=SECONDS
+)
+BATCH_ROWS = Histogram(
+    "philharmonics_batch_rows", "Windows in a batch", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64)
+)
+QUEUE_ROWS = Gauge(
+    "philharmonics_queue_rows", "Windows that wait now", ["model"], multiprocess_mode="livesum"
+)
+REQUESTS = Counter("philharmonics_requests", "Requests by how they ended", ["model", "outcome"])
+
+Compute = Callable[[Tensors], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a request's time went, and how many rows its batch had."""
+
+    queue_s: float
+    compute_s: float
+    batch_rows: int
+
+
+@dataclass(eq=False)
+class _Request:
+    inputs: Tensors
+    rows: int
+    signature: tuple[Any, ...]
+    deadline_s: float
+    arrival_s: float
+    future: asyncio.Future[tuple[dict[str, NDArray[Any]], Timing]]
+
+
+class Workers:
+    """The threads that compute batches; models that share a device share them."""
+
+    def __init__(self, count: int) -> None:
+        """Make room for `count` batches at once."""
+        self.executor: Executor = ThreadPoolExecutor(count, thread_name_prefix="compute")
+        self.free = asyncio.Semaphore(count)
+
+
+class AdaptiveBatcher:
+    """Merges concurrent requests for one model into batches."""
+
+    def __init__(
+        self,
+        name: str,
+        compute: Compute,
+        workers: Workers,
+        *,
+        max_batch_rows: int,
+        max_queue_rows: int,
+    ) -> None:
+        """Prepare; nothing runs until the first `submit`.
+
+        Args:
+            name: of the model, for metrics and messages.
+            compute: {input: [B, ...]} -> {output: [B, ...]}; called on a worker's thread.
+            workers: who computes.
+            max_batch_rows: the largest B; a single larger request is computed alone.
+            max_queue_rows: rows that may wait; more are refused.
+        """
+        self._name = name
+        self._compute = compute
+        self._workers = workers
+        self._max_batch_rows = max_batch_rows
+        self._max_queue_rows = max_queue_rows
+        self._waiting: deque[_Request] = deque()
+        self._dispatches: set[asyncio.Task[None]] = set()
+
+    async def submit(
+        self, inputs: Tensors, deadline_s: float = float("inf")
+    ) -> tuple[dict[str, NDArray[Any]], Timing]:
+        """Compute the outputs for one request's inputs.
+
+        Args:
+            inputs: {name: [B, ...]}, the same B for all.
+            deadline_s: on `time.monotonic`'s clock; work that has not begun by then is dropped.
+
+        Raises:
+            QueueFull: as many rows wait as may.
+            DeadlineExceeded: the deadline passed in the queue.
+        """
+        rows = len(next(iter(inputs.values())))
+        waiting_rows = sum(request.rows for request in self._waiting)
+        if self._waiting and waiting_rows + rows > self._max_queue_rows:
+            REQUESTS.labels(self._name, "refused").inc()
+            raise QueueFull(
+                f"{self._name} has {waiting_rows} windows waiting, and takes "
+                f"{self._max_queue_rows}: try again later, or start another runner."
+            )
+        signature = tuple((n, a.dtype.str, a.shape[1:]) for n, a in sorted(inputs.items()))
+        request = _Request(
+            inputs,
+            rows,
+            signature,
+            deadline_s,
+            time.monotonic(),
+            asyncio.get_running_loop().create_future(),
+        )
+        self._waiting.append(request)
+        QUEUE_ROWS.labels(self._name).set(waiting_rows + rows)
+        dispatch = asyncio.create_task(self._dispatch())
+        self._dispatches.add(dispatch)  # the loop itself holds tasks only weakly
+        dispatch.add_done_callback(self._dispatches.discard)
+        try:
+            result = await request.future
+        except asyncio.CancelledError:
+            REQUESTS.labels(self._name, "cancelled").inc()
+            raise
+        except Exception:
+            REQUESTS.labels(self._name, "failed").inc()
+            raise
+        REQUESTS.labels(self._name, "done").inc()
+        return result
+
+    async def _dispatch(self) -> None:
+        async with self._workers.free:
+            if batch := self._take():
+                await self._run(batch)
+
+    def _take(self) -> list[_Request]:
+        """The oldest live request and those that fit beside it, out of the queue."""
+        batch: list[_Request] = []
+        left: deque[_Request] = deque()
+        rows = 0
+        while self._waiting:
+            request = self._waiting.popleft()
+            if request.future.done():  # its caller has gone
+                continue
+            if time.monotonic() > request.deadline_s:
+                request.future.set_exception(
+                    DeadlineExceeded(f"The deadline passed in the queue of {self._name}.")
+                )
+            elif not batch or (
+                request.signature == batch[0].signature
+                and rows + request.rows <= self._max_batch_rows
+            ):
+                batch.append(request)
+                rows += request.rows
+            else:
+                left.append(request)
+        self._waiting = left
+        QUEUE_ROWS.labels(self._name).set(sum(request.rows for request in left))
+        return batch
+
+    async def _run(self, batch: list[_Request]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            outputs, timing_of = await loop.run_in_executor(
+                self._workers.executor, self._compute_batch, batch
+            )
+        except Exception as error:  # whatever the model raised belongs to the requests
+            if len(batch) == 1:
+                if not batch[0].future.done():
+                    batch[0].future.set_exception(error)
+                return
+            for request in batch:
+                await self._run([request])
+            return
+        for request, output in zip(batch, outputs, strict=True):
+            if not request.future.done():
+                request.future.set_result((output, timing_of(request)))
+
+    def _compute_batch(
+        self, batch: list[_Request]
+    ) -> tuple[list[dict[str, NDArray[Any]]], Callable[[_Request], Timing]]:
+        start_s = time.monotonic()
+        rows = sum(request.rows for request in batch)
+        if len(batch) == 1:
+            outputs = [self._compute(batch[0].inputs)]
+        else:
+            merged = {
+                name: np.concatenate([request.inputs[name] for request in batch])
+                for name in batch[0].inputs
+            }
+            computed = self._compute(merged)
+            ends = np.cumsum([request.rows for request in batch])
+            outputs = [
+                {name: array[end - request.rows : end] for name, array in computed.items()}
+                for request, end in zip(batch, ends, strict=True)
+            ]
+        compute_s = time.monotonic() - start_s
+        COMPUTE_SECONDS.labels(self._name).observe(compute_s)
+        BATCH_ROWS.labels(self._name).observe(rows)
+        for request in batch:
+            QUEUE_SECONDS.labels(self._name).observe(start_s - request.arrival_s)
+        return outputs, lambda r: Timing(start_s - r.arrival_s, compute_s, rows)

@@ -1,0 +1,79 @@
+"""What the five runners share: load, warm up, listen, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import bentoml
+import grpc
+from tritonclient.grpc import service_pb2_grpc as protocol
+
+from remix.settings import Settings, read_settings
+from remix.stages import Stage
+from runners.adaptive_batcher import Workers
+from runners.inference_protocol import CHANNEL_OPTIONS, InferenceServer, ServedModel
+
+DRAIN_S = 30.0
+"""How long a stopping runner goes on with what it has begun."""
+
+SERVICE: dict[str, Any] = {
+    "workers": 1,  # a second worker would split the queue; replicas share it by the balancer
+    "traffic": {"timeout": 3600},
+    "endpoints": {"livez": "/livez", "readyz": "/readyz"},
+}
+"""BentoML's configuration of a runner."""
+
+
+class Runner:
+    """Base of a runner: a BentoML service whose work goes over the Open Inference Protocol.
+
+    BentoML's HTTP port serves health (`/livez`, `/readyz`) and `/metrics`; it has no method
+    that takes a body.
+    """
+
+    stage: ClassVar[Stage]
+    workers: ClassVar[int] = 1
+    """Batches computed at once."""
+
+    @abstractmethod
+    def load(self, settings: Settings) -> Iterator[ServedModel]:
+        """Every installed model of the stage, the default first."""
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        """Load and warm the models, then listen.
+
+        Raises:
+            InvalidModel: a file is not what the manifest says; the runner does not start.
+        """
+        settings = read_settings()
+        self._inference = InferenceServer(
+            self.stage, settings.max_queue_rows, Workers(self.workers)
+        )
+        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        protocol.add_GRPCInferenceServiceServicer_to_server(self._inference, self._server)
+        address = settings.listen or settings.runner_address(self.stage)
+        if address.startswith("unix:"):
+            settings.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._server.add_insecure_port(address)
+        await self._server.start()
+        for model in await asyncio.to_thread(self._load_warm, settings):
+            self._inference.add(model)
+
+    def _load_warm(self, settings: Settings) -> list[ServedModel]:
+        models = list(self.load(settings))
+        for model in models:
+            model.warm_up()
+        return models
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        """Take nothing new, end what has begun."""
+        await self._server.stop(DRAIN_S)
+
+    async def __is_ready__(self) -> bool:
+        """BentoML's `/readyz` asks this."""
+        return self._inference.is_ready
