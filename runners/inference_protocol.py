@@ -86,14 +86,21 @@ class InferenceServer(protocol.GRPCInferenceServiceServicer):  # type: ignore[mi
     """Answers the protocol's calls for a few models, each behind its own batcher."""
 
     def __init__(self, name: str, max_queue_rows: int, workers: Workers) -> None:
-        """Start without models, hence not ready."""
+        """Start without models, hence not ready.
+
+        Args:
+            name: of the runner.
+            max_queue_rows: windows that may wait for each model.
+            workers: shared by the models.
+        """
+        self.is_ready = False
         self._name = name
         self._max_queue_rows = max_queue_rows
         self._workers = workers
         self._models: dict[str, tuple[ServedModel, AdaptiveBatcher]] = {}
 
     def add(self, model: ServedModel) -> None:
-        """Serve one more model."""
+        """Serve one more model, already warm."""
         batcher = AdaptiveBatcher(
             model.name,
             model,
@@ -102,11 +109,7 @@ class InferenceServer(protocol.GRPCInferenceServiceServicer):  # type: ignore[mi
             max_queue_rows=self._max_queue_rows,
         )
         self._models[model.name] = (model, batcher)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether models are loaded and warm."""
-        return bool(self._models)
+        self.is_ready = True
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         """The process answers."""

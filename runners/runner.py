@@ -53,15 +53,14 @@ class Runner:
         self._inference = InferenceServer(
             self.stage, settings.max_queue_rows, Workers(self.workers)
         )
-        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
-        protocol.add_GRPCInferenceServiceServicer_to_server(self._inference, self._server)
-        address = settings.listen or settings.runner_address(self.stage)
-        if address.startswith("unix:"):
-            settings.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._server.add_insecure_port(address)
-        await self._server.start()
         for model in await asyncio.to_thread(self._load_warm, settings):
             self._inference.add(model)
+        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        protocol.add_GRPCInferenceServiceServicer_to_server(self._inference, self._server)
+        if not settings.listen:
+            settings.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._server.add_insecure_port(settings.listen or settings.runner_address(self.stage))
+        await self._server.start()
 
     def _load_warm(self, settings: Settings) -> list[ServedModel]:
         models = list(self.load(settings))
@@ -71,7 +70,8 @@ class Runner:
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """Take nothing new, end what has begun."""
+        """Say not ready, take nothing new, end what has begun."""
+        self._inference.is_ready = False
         await self._server.stop(DRAIN_S)
 
     async def __is_ready__(self) -> bool:
