@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import bentoml
 import grpc
 from tritonclient.grpc import service_pb2_grpc as protocol
 
+from remix.errors import InvalidModel, NotFound
+from remix.manifest import installed, read_manifest
 from remix.settings import Settings, read_settings
 from remix.stages import Stage
 from runners.adaptive_batcher import Workers
@@ -27,6 +30,26 @@ SERVICE: dict[str, Any] = {
 """BentoML's configuration of a runner."""
 
 
+def verify_models(stage: Stage) -> None:
+    """Refuse to start on a file that is not the manifest's.
+
+    What ends here, before any worker is there, ends with a message; a worker that fails is
+    started again and again.
+    """
+    settings = read_settings()
+    try:
+        entries = installed(read_manifest(), stage, settings.models_dir)
+        if not entries:
+            raise NotFound(
+                f"No model for {stage} is installed in {settings.models_dir}: run `make models`."
+            )
+        for entry in entries:
+            for file in entry.files:
+                entry.verified_path(settings.models_dir, file)
+    except (InvalidModel, NotFound) as error:
+        raise SystemExit(f"The runner {stage} does not start. {error}") from error
+
+
 class Runner:
     """Base of a runner: a BentoML service whose work goes over the Open Inference Protocol.
 
@@ -41,6 +64,11 @@ class Runner:
     @abstractmethod
     def load(self, settings: Settings) -> Iterator[ServedModel]:
         """Every installed model of the stage, the default first."""
+
+    def __init_subclass__(cls) -> None:
+        """Have BentoML verify the stage's files once, in its parent process."""
+        super().__init_subclass__()
+        cls.verify = bentoml.on_deployment(partial(verify_models, cls.stage))  # type: ignore[attr-defined]
 
     @bentoml.on_startup
     async def start(self) -> None:
