@@ -1,0 +1,172 @@
+"""The `philharmonics` command: remix a song, serve, list models and voices.
+
+exit codes   0 done
+             2 wrong usage
+             3 the server refused the song, the notes or an option
+             4 no server answered, or none could be started
+             5 the server failed, or its answer could not be written
+             6 the server is busy
+           130 interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from client.api import DEFAULT_URL, Busy, Client, PhilharmonicsError, Problem, Refused, Unreachable
+from client.local_server import StartFailed, local_server, serve_forever
+from client.progress import show_progress
+
+REFUSED, UNREACHABLE, FAILED, BUSY, INTERRUPTED = 3, 4, 5, 6, 130
+
+server_option = click.option(
+    "--server",
+    envvar="PHILHARMONICS_SERVER",
+    metavar="URL",
+    help=f"A running server. Unset: {DEFAULT_URL} if one is there, else one is started for this "
+    "call and stopped after it.",
+)
+
+
+@click.group(epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 no server, 5 failed, 6 busy.")
+@click.version_option(package_name="deep-philharmonics")
+def main() -> None:
+    """A song goes in, a remix comes out."""
+
+
+@main.command()
+@click.argument("song", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--voice", help="Who sings; a name that `philharmonics voices` lists.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+@click.option("--seed", type=int, help="The same seed gives the same music.")
+@click.option("--mode", help="accompany or continue.")
+@click.option("--octaves", type=int, help="Transpose the vocal by so many octaves.")
+@click.option(
+    "--option",
+    "-o",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other option of the server's /docs, such as -o temperature=0.8. May be repeated.",
+)
+@server_option
+def remix(
+    song: Path, out: Path | None, settings: tuple[str, ...], server: str | None, **named: Any
+) -> None:
+    """Remix SONG: another voice over newly written music.
+
+    Writes remix.wav, stems/, notes.mid, generated.mid, voice.wav, report.json and report.png to
+    --out (out/<song's name> if unset).
+    """
+    options = {name: value for name, value in named.items() if value is not None}
+    options |= dict(_setting(setting) for setting in settings)
+    folder = out or Path("out") / song.stem
+    with _errors(), _server(server) as client, show_progress(sys.stderr) as on_progress:
+        client.remix(song, folder, options, on_progress=on_progress)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            click.echo(path)
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=3000, show_default=True, help="Port to listen on.")
+def serve(host: str, port: int) -> None:
+    """Start every stage and the composer on this machine, until interrupted."""
+    with _errors():
+        sys.exit(serve_forever(host, port))
+
+
+@main.command()
+@server_option
+def models(server: str | None) -> None:
+    """List the models: stage, licence, weights, whether they are installed."""
+    with _errors(), _server(server) as client:
+        rows = client.models()
+    _print(rows, ["name", "stage", "weights", "licence", "installed", "default"])
+
+
+@main.command()
+@server_option
+def voices(server: str | None) -> None:
+    """List the voices that can sing."""
+    with _errors(), _server(server) as client:
+        rows = client.voices()
+    _print(rows, ["name", "model", "weights", "licence", "default"])
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE.", param_hint="--option")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@contextmanager
+def _server(url: str | None) -> Iterator[Client]:
+    """The server at `url`; or the one at the default address; or one for this call."""
+    with Client(url or DEFAULT_URL) as client:
+        if url is not None or client.is_ours():
+            yield client
+            return
+    with (
+        local_server(notify=lambda line: click.echo(line, err=True)) as own_url,
+        Client(own_url) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Whatever goes wrong ends in a line that says so, and an exit code."""
+    try:
+        yield
+    except (Unreachable, StartFailed) as error:
+        _fail(str(error), UNREACHABLE)
+    except Problem as error:
+        code = {Busy: BUSY, Refused: REFUSED}.get(type(error), FAILED)
+        remedy = error.remedy if error.remedy and error.remedy not in error.detail else None
+        _fail("\n".join(filter(None, [str(error), remedy])), code)
+    except (PhilharmonicsError, OSError) as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail("Interrupted.", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.secho(message, fg="red", err=True)
+    sys.exit(code)
+
+
+def _print(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    if not sys.stdout.isatty():
+        click.echo("\t".join(columns))
+        for row in rows:
+            click.echo("\t".join(_cell(row.get(column)) for column in columns))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()

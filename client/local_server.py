@@ -1,0 +1,120 @@
+"""A server on this machine: in the foreground, or for the length of one call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from client.api import Client, PhilharmonicsError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""Where `service.py` and the packages lie: the folder that this package is in."""
+
+START_S = 180.0
+"""A cold start reads some hundred megabytes of models; a warm one takes about ten seconds."""
+
+STOP_S = 45.0
+"""Runners end what they have begun, for at most 30 s."""
+
+LOG_LINES = 15
+
+
+class StartFailed(PhilharmonicsError):
+    """A server could not be started."""
+
+
+def command(host: str, port: int) -> list[str]:
+    """The command line that serves everything on this machine."""
+    return [sys.executable, "-m", "runners.serve_local", "--host", host, "--port", str(port)]
+
+
+def serve_forever(host: str, port: int) -> int:
+    """Serve until interrupted; the exit status of the server.
+
+    Interrupts reach the server too, being in the same process group: it stops by itself.
+    """
+    with subprocess.Popen(command(host, port), cwd=ROOT) as server:
+        signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+        while True:
+            try:
+                status = server.wait()
+                return 0 if status in (0, -signal.SIGTERM, -signal.SIGINT) else status
+            except KeyboardInterrupt:
+                continue
+
+
+@contextmanager
+def local_server(notify: Callable[[str], None]) -> Iterator[str]:
+    """Start a server on a free port, yield its address when it is ready, stop it after.
+
+    Args:
+        notify: is told, in a line, what takes time.
+
+    Raises:
+        StartFailed: it ended, or was not ready in time; with the end of its log.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    notify("No server is running: starting one for this call (`philharmonics serve` keeps one).")
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            command("127.0.0.1", port),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # A call that is told to end must end its server too.
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            _await_ready(server, url, log)
+            yield url
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            _stop(server)
+
+
+def _await_ready(server: subprocess.Popen[bytes], url: str, log: TextIO) -> None:
+    until_s = time.monotonic() + START_S
+    with Client(url) as client:
+        while not client.is_ready():
+            if server.poll() is not None:
+                raise StartFailed(
+                    f"The server ended with status {server.returncode}:\n{_tail(log)}"
+                )
+            if time.monotonic() > until_s:
+                raise StartFailed(f"The server was not ready after {START_S:.0f} s:\n{_tail(log)}")
+            time.sleep(0.2)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """Ask it to end; make it end if it does not. Its whole session, so that no runner is left."""
+    if server.poll() is None:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_S)
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _tail(log: TextIO) -> str:
+    log.seek(0)
+    return "".join(log.readlines()[-LOG_LINES:]).rstrip()

@@ -1,0 +1,146 @@
+"""Errors -> `application/problem+json` (RFC 9457): the HTTP error table.
+
+Every leaf of `remix.errors` stands in `PROBLEMS`, and a test says so. What only HTTP knows (a
+path, a method, a media type) is a `Refusal`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from remix import errors
+
+MEDIA_TYPE = "application/problem+json"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of problem: its status, its name in the type URI, its title."""
+
+    status: int
+    name: str
+    title: str
+    retry_after_s: int | None = None
+
+    @property
+    def uri(self) -> str:
+        """The problem type."""
+        return f"urn:philharmonics:problem:{self.name}"
+
+
+INTERNAL = Kind(500, "internal", "The service failed")
+
+PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
+    errors.InvalidAudio: Kind(422, "invalid-audio", "The audio cannot be used"),
+    errors.InvalidOption: Kind(422, "invalid-option", "An option is wrong"),
+    errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
+    errors.NotFound: Kind(404, "not-found", "No such voice or model"),
+    errors.InvalidModel: Kind(500, "invalid-model", "A model of the service is damaged"),
+    # A remix takes minutes: a shorter wait would only be refused again.
+    errors.QueueFull: Kind(429, "queue-full", "The service is busy", retry_after_s=30),
+    errors.DeadlineExceeded: Kind(504, "deadline-exceeded", "The time ran out"),
+    # 499 is nginx's "client closed request"; nobody is left to read it but the access log.
+    errors.Cancelled: Kind(499, "cancelled", "The caller went away"),
+    errors.RunnerUnavailable: Kind(
+        503, "runner-unavailable", "A stage is not reachable", retry_after_s=10
+    ),
+}
+
+_FRAMEWORK: Mapping[int, str] = {
+    400: "malformed-request",
+    404: "no-such-route",
+    405: "method-not-allowed",
+    406: "not-acceptable",
+    409: "request-id-in-use",
+    415: "unsupported-media-type",
+    422: "malformed-request",
+    503: "not-ready",
+}
+
+
+class Refusal(HTTPException):
+    """What only HTTP can refuse: a media type, a form, a request id.
+
+    Not a leaf of `remix.errors`, because no other transport knows these.
+
+    Args:
+        status: HTTP status.
+        detail: the value, the limit and the remedy, in a sentence or two.
+        value: what was sent.
+        limit: what would have been taken.
+        remedy: what to do.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        value: object = None,
+        limit: object = None,
+        remedy: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail, dict(headers or {}))
+        self.value = value
+        self.limit = limit
+        self.remedy = remedy
+
+
+def kind_of(error: Exception) -> Kind:
+    """The row of an error: its own class's, or that of the nearest base that has one."""
+    for base in type(error).__mro__:
+        if base in PROBLEMS:
+            return PROBLEMS[base]
+    if isinstance(error, HTTPException):
+        return kind_of_status(error.status_code)
+    return INTERNAL
+
+
+def kind_of_status(status: int) -> Kind:
+    """The row of a status that the framework gave."""
+    try:
+        title = HTTPStatus(status).phrase
+    except ValueError:
+        title = "Error"
+    return Kind(status, _FRAMEWORK.get(status, INTERNAL.name), title)
+
+
+def problem(error: Exception) -> JSONResponse:
+    """The answer to a request that ended in `error`."""
+    kind = kind_of(error)
+    detail = error.detail if isinstance(error, HTTPException) else str(error)
+    if kind is INTERNAL:
+        # What went wrong inside is for the log; a stranger learns nothing useful from it.
+        detail = "Something failed that should not have. The server's log has the details."
+    body: dict[str, Any] = {
+        "type": kind.uri,
+        "title": kind.title,
+        "status": kind.status,
+        "detail": detail,
+    }
+    for member in ("value", "limit", "remedy"):
+        if (found := getattr(error, member, None)) is not None:
+            body[member] = found
+    headers = dict(getattr(error, "headers", None) or {})
+    if kind.retry_after_s is not None:
+        headers.setdefault("Retry-After", str(kind.retry_after_s))
+    return JSONResponse(body, kind.status, headers, MEDIA_TYPE)
+
+
+async def answer_problem(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's exception handler for everything."""
+    if kind_of(error).status >= 500:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return problem(error)
