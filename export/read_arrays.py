@@ -62,7 +62,7 @@ def read_arrays(data: bytes) -> Arrays:
         return reader(data)
     except InvalidModel:
         raise
-    except Exception as error:  # damaged bytes can fail in any way a parser knows
+    except Exception as error:  # damaged bytes fail in every way
         raise InvalidModel(
             f"The weight file ({len(data)} bytes) cannot be read: {error!r}. Fetch it again."
         ) from error
