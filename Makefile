@@ -1,0 +1,91 @@
+# The project's commands; `make` lists them. `make remix` does everything it needs on the way.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+SONG ?=
+VOICE ?=
+OUT ?= out/demo
+HUB ?= $(PHILHARMONICS_HUB)
+export PYTHON SONG VOICE OUT HUB
+
+PIP_FLAGS := --disable-pip-version-check --quiet
+DEMO_SONG := .cache/demo_song.mp3
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 22
+
+.PHONY: remix
+remix: models  ## remix a song: make remix SONG=path VOICE=name OUT=folder (all optional)
+	@if [ -z "$$SONG" ]; then .venv/bin/python -m export.demo_song $(DEMO_SONG); fi
+	@.venv/bin/philharmonics remix "$${SONG:-$(DEMO_SONG)}" $${VOICE:+--voice "$$VOICE"} --out "$$OUT"
+
+.PHONY: models
+models: .venv/installed  ## fetch, convert and verify the models; HUB=address of a model hub
+	@.venv/bin/python -m export.install --hub "$$HUB"
+
+.PHONY: serve
+serve: models  ## start all of it on this machine
+	@.venv/bin/philharmonics serve
+
+.PHONY: test
+test: export-environment  ## all tests, with the export environment (torch)
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	.venv-dev/bin/pytest $(TESTS)
+
+.PHONY: lint
+lint: export-environment  ## style and types
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/mypy
+
+.PHONY: check
+check: lint test  ## lint, then test
+
+.PHONY: bench
+bench: export-environment  ## the project's benchmarks; writes benchmarks/results/
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	.venv-dev/bin/python -m benchmarks
+
+.PHONY: clean
+clean:  ## remove environments, models, fetched files and results
+	rm -rf .venv .venv-dev .models .cache out build *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments: a stamp file says that one is complete ------------------------------------
+
+.PHONY: system-packages
+system-packages:
+	@scripts/install-system-packages
+
+.venv/installed: requirements/serving.txt pyproject.toml | system-packages
+	@echo "Installing the Python packages into .venv (no torch); this takes a minute or two."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install $(PIP_FLAGS) -r requirements/serving.txt
+	@.venv/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+.PHONY: export-environment
+export-environment: .venv-dev/installed  ## .venv-dev: torch, the originals, the test tools
+
+.venv-dev/installed: $(wildcard requirements/*.txt) pyproject.toml | system-packages
+	@echo "Installing the Python packages into .venv-dev (with torch); this takes some minutes."
+	@$(PYTHON) -m venv .venv-dev
+	@.venv-dev/bin/pip install $(PIP_FLAGS) -r requirements/serving.txt \
+		-r requirements/export.txt -r requirements/dev.txt
+	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/export-no-deps.txt
+	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+.PHONY: lock
+lock: | system-packages  ## resolve requirements/serving.in anew into serving.txt
+	rm -rf .cache/lock
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/pip install $(PIP_FLAGS) -r requirements/serving.in
+	echo '# Made by `make lock` from serving.in: every package, pinned. Do not edit.' \
+		>requirements/serving.txt
+	.cache/lock/bin/pip freeze --quiet >>requirements/serving.txt
+	rm -rf .cache/lock
