@@ -33,7 +33,7 @@ serve: models  ## start all of it on this machine
 .PHONY: test
 test: export-environment  ## all tests, with the export environment (torch)
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	.venv-dev/bin/pytest $(TESTS)
+	.venv-dev/bin/python -m pytest $(TESTS)
 
 .PHONY: lint
 lint: export-environment  ## style and types
