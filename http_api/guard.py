@@ -6,9 +6,10 @@ import logging
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from http_api.problems import MEDIA_TYPE, Refusal, problem
+from http_api.problems import MEDIA_TYPE, Refusal, framework_refusal, problem
 from remix.errors import LimitExceeded, RemixError
 
 PICKLE = "application/vnd.bentoml+pickle"
@@ -115,31 +116,9 @@ class _Answer:
         if not self._foreign_status:
             return
         kept = {k: v for k, v in self._foreign_headers.items() if k in ("allow", "retry-after")}
-        await problem(_refusal(self._foreign_status, self._foreign_body, scope, kept))(
-            scope, receive, self._send
-        )
-
-
-def _refusal(status: int, body: bytes, scope: Scope, headers: dict[str, str]) -> Refusal:
-    path, method = scope["path"], scope["method"]
-    if status == 404:
-        return Refusal(
-            404,
-            f"There is nothing at {path}. GET /openapi.json lists every route.",
-            value=path,
-            remedy="GET /openapi.json lists every route.",
-        )
-    if status == 405:
-        allowed = headers.get("allow", "")
-        return Refusal(
-            405,
-            f"{path} does not take {method}; it takes {allowed}.",
-            value=method,
-            limit=allowed,
-            remedy=f"Use {allowed}.",
-            headers=headers,
-        )
-    return Refusal(status, body.decode("utf-8", "replace").strip(), headers=headers)
+        detail = self._foreign_body.decode("utf-8", "replace").strip()
+        refusal = framework_refusal(self._foreign_status, detail, Request(scope), kept)
+        await problem(refusal)(scope, receive, self._send)
 
 
 async def _close_with(error: Exception, scope: Scope, receive: Receive, answer: _Answer) -> None:

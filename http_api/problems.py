@@ -41,6 +41,7 @@ class Kind:
 INTERNAL = Kind(500, "internal", "The service failed")
 
 PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
+    errors.InvalidInput: Kind(422, "invalid-input", "The input cannot be used"),
     errors.InvalidAudio: Kind(422, "invalid-audio", "The audio cannot be used"),
     errors.InvalidOption: Kind(422, "invalid-option", "An option is wrong"),
     errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
@@ -139,8 +140,31 @@ def problem(error: Exception) -> JSONResponse:
     return JSONResponse(body, kind.status, headers, MEDIA_TYPE)
 
 
+def framework_refusal(
+    status: int, detail: str, request: Request, headers: Mapping[str, str]
+) -> Refusal:
+    """What the framework refused in its own terse words, with value, limit and remedy."""
+    path, method = request.url.path, request.method
+    if status == 404:
+        remedy = "GET /openapi.json lists every route."
+        return Refusal(404, f"There is nothing at {path}. {remedy}", value=path, remedy=remedy)
+    if status == 405:
+        allowed = next((v for k, v in headers.items() if k.lower() == "allow"), "another method")
+        return Refusal(
+            405,
+            f"{path} does not take {method}; it takes {allowed}.",
+            value=method,
+            limit=allowed,
+            remedy=f"Use {allowed}.",
+            headers=headers,
+        )
+    return Refusal(status, detail, headers=headers)
+
+
 async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     """Starlette's exception handler for everything."""
+    if isinstance(error, HTTPException) and not isinstance(error, Refusal):
+        error = framework_refusal(error.status_code, error.detail, request, error.headers or {})
     if kind_of(error).status >= 500:
         _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return problem(error)

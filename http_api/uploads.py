@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
+import anyio.to_thread
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
@@ -23,14 +26,12 @@ class Upload:
     """What a caller sent.
 
     Args:
-        file: the bytes of the song, vocal or notes, at their start. Small files are in memory,
-            larger ones in a file that has no name, so that even a killed process leaves none.
-        name: the file's name as the caller says; a hint, never a path.
+        path: the song, vocal or notes, for as long as the request is served. What the caller
+            called the file is not asked for: formats are told by their content.
         options: the text of the part `options`; empty if it was not sent.
     """
 
-    file: BinaryIO
-    name: str
+    path: Path
     options: str
 
 
@@ -55,7 +56,10 @@ async def read_upload(request: Request, part: str) -> AsyncIterator[Upload]:
     async with request.form(max_files=2, max_fields=2, max_part_size=MAX_OPTIONS_BYTES) as form:
         file = _file(form, part)
         options = await _options(form)
-        yield Upload(file.file, file.filename or "", options)
+        with tempfile.NamedTemporaryFile(prefix="philharmonics-") as named:
+            await anyio.to_thread.run_sync(shutil.copyfileobj, file.file, named)
+            named.flush()
+            yield Upload(Path(named.name), options)
 
 
 def _file(form: FormData, part: str) -> UploadFile:

@@ -1,0 +1,199 @@
+"""The application: every route, its form, its answers, its refusals."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
+
+from http_api.admission import Slots, while_wanted
+from http_api.catalogue import ModelList, VoiceList, model_list, voice_list
+from http_api.negotiation import choose
+from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
+from http_api.problems import answer_problem, kind_of_status
+from http_api.progress_board import ProgressBoard
+from http_api.stage_routes import FORM_ROUTES, FormRoute
+from http_api.uploads import read_upload
+from remix.composer import Composer
+from remix.errors import DeadlineExceeded, RemixError, RunnerUnavailable
+from remix.options import parse_options
+
+UPLOAD_S = 600.0
+"""How long a caller may take to send a request: 200 MB at 3 Mbit/s."""
+
+WORK_S = 3_000.0
+"""How long the work of one request may take: five times the longest song."""
+
+STAGE_CALLS_PER_REMIX = 4
+"""Calls of single stages that are let in for each remix that is: each holds less."""
+
+
+class Desk:
+    """What the routes share: the composer, the slots, the progress board.
+
+    Args:
+        max_remixes: whole songs at once.
+    """
+
+    def __init__(self, max_remixes: int) -> None:
+        self._composer: Composer | None = None
+        self.board = ProgressBoard()
+        self.slots = {
+            True: Slots(max_remixes, "remixes"),
+            False: Slots(max_remixes * STAGE_CALLS_PER_REMIX, "calls of single stages"),
+        }
+
+    def open(self, composer: Composer | None) -> None:
+        """Take requests for this composer from now on; for none, refuse them."""
+        self._composer = composer
+
+    @property
+    def composer(self) -> Composer:
+        """Who does the work.
+
+        Raises:
+            RunnerUnavailable: the service is starting or stopping.
+        """
+        if self._composer is None:
+            raise RunnerUnavailable(
+                "The service is starting or stopping: try again when /readyz answers 200."
+            )
+        return self._composer
+
+    async def serve(self, request: Request, route: FormRoute[Any]) -> Response:
+        """One request, from its headers to its answer; nothing of it is left behind."""
+        with self.board.entry(request.headers.get("x-request-id")) as progress:
+            media_type = choose(request.headers.get("accept"), route.offers)
+            async with AsyncExitStack() as stack:
+                stack.enter_context(self.slots[route.is_whole_flow].hold())
+                try:
+                    async with asyncio.timeout(UPLOAD_S):
+                        upload = await stack.enter_async_context(read_upload(request, route.part))
+                except TimeoutError as error:
+                    raise DeadlineExceeded(
+                        f"The request was not here after {UPLOAD_S:.0f} s: send a smaller file."
+                    ) from error
+                options = parse_options(route.options, upload.options)
+                work = route.work(self.composer, upload.path, options, media_type, progress)
+                return await while_wanted(request, work, WORK_S)
+
+
+def build_app(desk: Desk) -> FastAPI:
+    """The application that `service.py` mounts."""
+    app = FastAPI(
+        title="Deep Philharmonics",
+        version="1",
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            RemixError: answer_problem,
+            HTTPException: answer_problem,
+            RequestValidationError: answer_problem,
+        },
+    )
+    for route in FORM_ROUTES:
+        app.add_api_route(
+            route.path,
+            _endpoint(desk, route),
+            methods=["POST"],
+            name=route.path.rsplit("/", 1)[-1],
+            summary=route.summary,
+            description=route.description,
+            response_class=Response,
+            responses=form_answers(route.answer, route.offers),
+            openapi_extra=form(route.part, route.takes, route.options, route.example),
+        )
+    _add_lists(app, desk)
+    _add_progress(app, desk)
+    _add_docs(app)
+    return app
+
+
+def _endpoint(desk: Desk, route: FormRoute[Any]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return await desk.serve(request, route)
+
+    return endpoint
+
+
+def _add_lists(app: FastAPI, desk: Desk) -> None:
+    unready = problems(kind_of_status(503))
+
+    @app.get("/v1/voices", summary="Who can sing", responses=unready)
+    async def voices() -> VoiceList:
+        """Voices by name, the default first."""
+        return voice_list(desk.composer)
+
+    @app.get("/v1/models", summary="Which models there are", responses=unready)
+    async def models() -> ModelList:
+        """The manifest: what each model is, its checksums and licence, whether it is installed.
+
+        `weights` says whose they are: `published` (its authors'), `trained-here`, or `random`
+        (for measurements only; what they make is noise).
+        """
+        return model_list(desk.composer)
+
+
+def _add_progress(app: FastAPI, desk: Desk) -> None:
+    @app.get(
+        "/v1/progress/{request_id}",
+        summary="Watch a request",
+        response_class=StreamingResponse,
+        responses={
+            200: {
+                "description": "Events `progress` (stage, fraction done), then `end`.",
+                "content": {
+                    "text/event-stream": {
+                        "schema": {"type": "string"},
+                        "example": 'event: progress\ndata: {"stage": "separate_stems", '
+                        '"fraction": 0.25}\n\nevent: end\ndata: {"outcome": "done"}\n\n',
+                    }
+                },
+            },
+            **problems(kind_of_status(400), kind_of_status(404)),
+        },
+    )
+    async def progress(request_id: str) -> StreamingResponse:
+        """Server-sent events of the request whose caller sent this `X-Request-Id`.
+
+        It may be asked for shortly before the request itself arrives. Known are the requests of
+        this process that run or have ended not long ago.
+        """
+        entry = await desk.board.watch(request_id)
+        return StreamingResponse(
+            entry.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+
+def _add_docs(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def index() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        # BentoML's own copy of Swagger UI: the page works without a network.
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url="/static_content/swagger-ui-bundle.js",
+            swagger_css_url="/static_content/swagger-ui.css",
+            swagger_favicon_url="/static_content/favicon-light-32x32.png",
+        )
+
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,148 @@
+"""What OpenAPI says of a form, an answer and a problem; FastAPI knows the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from http_api.problems import MEDIA_TYPE, PROBLEMS, Kind, kind_of_status
+from http_api.uploads import FORM
+from remix import errors
+from remix.options import Options
+
+DESCRIPTION = """
+A song goes in, a remix comes out: its vocal sung by another voice, over an instrumental that a
+model wrote from the song's own notes.
+
+    curl -F song=@song.mp3 -F 'options={"seed": 1}' -o remix.wav HOST/v1/remix
+    curl -F song=@song.mp3 -H 'Accept: application/zip' -o remix.zip HOST/v1/remix
+
+Every refusal is `application/problem+json` (RFC 9457) and says the value, the limit and the
+remedy. Files are uploaded, never fetched from an address. To watch a request, send it with an
+`X-Request-Id` of your own and read `/v1/progress/{request_id}`.
+"""
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str = Field(description="Names the kind of problem; stable.")
+    title: str = Field(description="The kind in words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What is wrong with this request, and what to do.")
+    value: Any = Field(None, description="What was sent.")
+    limit: Any = Field(None, description="What would have been taken.")
+    remedy: str | None = Field(None, description="What to do.")
+
+
+_DETAILS: Mapping[str, str] = {
+    "invalid-input": "The file of 4 bytes is no whole MIDI file: export it again.",
+    "invalid-audio": "The file is empty (0 bytes): send an audio file.",
+    "invalid-option": "Option temperature is 5: Input should be less than or equal to 2.",
+    "limit-exceeded": "The audio is longer than 600 s, the most that is taken: cut it first.",
+    "not-found": "There is no voice 'nobody': GET /v1/voices lists them.",
+    "queue-full": "2 remixes are running, and this service runs at most 2 at once.",
+    "deadline-exceeded": "The work was not done after 3600 s, which is the service's limit.",
+    "runner-unavailable": "The runner convert_voice failed: start it, or wait until it is ready.",
+    "malformed-request": "The form has 0 parts named song; it must have one, with the file.",
+    "not-acceptable": "Accept is 'image/png'; this route answers with one of audio/wav.",
+    "request-id-in-use": "X-Request-Id 1 is that of a request that is still running.",
+    "unsupported-media-type": "The request is text/plain; this route takes multipart/form-data.",
+    "no-such-route": "No request with X-Request-Id 1 is running, and none came within 10 s.",
+}
+
+
+def problems(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route."""
+    answers: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        answer = answers.setdefault(
+            kind.status,
+            {
+                "description": kind.title,
+                "content": {
+                    MEDIA_TYPE: {
+                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "examples": {},
+                    }
+                },
+            },
+        )
+        answer["content"][MEDIA_TYPE]["examples"][kind.name] = {
+            "value": {
+                "type": kind.uri,
+                "title": kind.title,
+                "status": kind.status,
+                "detail": _DETAILS.get(kind.name, kind.title),
+            }
+        }
+        if kind.retry_after_s is not None:
+            answer["headers"] = {
+                "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}
+            }
+    return answers
+
+
+UPLOAD_PROBLEMS = problems(
+    kind_of_status(400),
+    kind_of_status(406),
+    kind_of_status(409),
+    kind_of_status(415),
+    *(
+        kind
+        for error, kind in PROBLEMS.items()
+        if error not in (errors.Cancelled, errors.InvalidModel)
+    ),
+)
+"""What any route with a form can answer."""
+
+
+def form(
+    part: str, what: str, options: type[Options], example: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The request body of a route that takes a file and options."""
+    schema = options.model_json_schema()
+    schema["examples"] = [dict(example)]
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                FORM: {
+                    "schema": {
+                        "type": "object",
+                        "required": [part],
+                        "properties": {
+                            part: {
+                                "type": "string",
+                                "format": "binary",
+                                "contentMediaType": "application/octet-stream",
+                                "description": what,
+                            },
+                            "options": schema,
+                        },
+                    },
+                    "encoding": {"options": {"contentType": "application/json"}},
+                }
+            },
+        },
+        "parameters": [
+            {
+                "name": "X-Request-Id",
+                "in": "header",
+                "required": False,
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+                "description": "Your name for this request, to watch it by.",
+            }
+        ],
+    }
+
+
+def form_answers(description: str, offers: Sequence[str]) -> dict[int | str, dict[str, Any]]:
+    """The 200 of a route, in each media type that it offers, and its problems."""
+    content: dict[str, Any] = {
+        offer: {"schema": {"type": "string", "contentMediaType": offer, "format": "binary"}}
+        for offer in offers
+    }
+    return {200: {"description": description, "content": content}, **UPLOAD_PROBLEMS}

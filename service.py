@@ -1,0 +1,58 @@
+"""The composing service: every call of the HTTP API, over the five runners.
+
+    python -m bentoml serve service:Remix       the composer alone
+    philharmonics serve                         the composer and the five runners
+
+BentoML brings health (`/livez`, `/readyz`), `/metrics` and the server; the routes are a FastAPI
+app (`http_api`), because BentoML's own cannot speak of media types, streams and problems.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import bentoml
+
+from http_api.app import WORK_S, Desk, build_app
+from http_api.guard import Guard
+from remix.composer import Composer
+from remix.manifest import read_manifest
+from remix.settings import read_settings
+from remix.stages import STAGES
+from runners.remote_stages import Runners
+
+_settings = read_settings()
+_desk = Desk(_settings.max_remixes)
+
+
+@bentoml.service(
+    name="remix",
+    workers=1,  # slots and progress are counted in this process; more composers are more replicas
+    traffic={"timeout": 2 * WORK_S},  # the routes have limits of their own, with better answers
+    endpoints={"livez": "/livez", "readyz": "/readyz"},
+)
+@bentoml.asgi_app(build_app(_desk))
+class Remix:
+    """Composes the stages."""
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def open(self) -> None:
+        """Prepare the channels to the runners, and take requests."""
+        manifest = read_manifest()
+        self._runners = Runners(_settings, manifest)
+        _desk.open(Composer(_settings, manifest, self._runners.for_song))
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def close(self) -> None:
+        """Take no more requests, and close the channels."""
+        _desk.open(None)
+        await self._runners.close()
+
+    async def __is_ready__(self) -> bool:
+        """Whether every runner is ready."""
+        return all(await asyncio.gather(*(self._runners.is_ready(stage) for stage in STAGES)))
+
+
+# `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
+cast(Any, Remix).add_asgi_middleware(Guard, max_body_bytes=_settings.max_upload_bytes)

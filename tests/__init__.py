@@ -1,0 +1,1 @@
+"""Tests of everything. A package, so that they can share servers and fakes."""

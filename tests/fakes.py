@@ -1,0 +1,102 @@
+"""Fakes, written by hand: what stands in for the models where a test is about something else.
+
+`python -m bentoml serve tests.fakes:FakeRemix` is the HTTP face over a fake composer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import bentoml
+import numpy as np
+from remix.pipeline import Remix
+
+from http_api.app import Desk, build_app
+from http_api.guard import Guard
+from remix.audio import Audio
+from remix.composer import Composer, NotesOnGrid, read_notes
+from remix.errors import NotFound
+from remix.manifest import read_manifest
+from remix.notes import BeatGrid, Note, Tracks
+from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
+from remix.settings import read_settings
+from remix.stages import Infer, Progress
+
+STEP_S = 0.1
+"""A fake stage takes ten of these, or as many as the seed says."""
+
+GRID = BeatGrid(np.arange(-2.0, 700.0, 0.5), 0, 4, 120.0, 0, "major")
+NOTES: Tracks = {"piano": [Note(0.0, 0.25, 60, 80)]}
+
+
+def no_infer() -> Infer:
+    """The fake composer has no use for one."""
+    raise AssertionError("The fake composer runs no model.")
+
+
+class FakeComposer(Composer):
+    """Decodes as the real one does; whatever a model would do takes a second and does nothing."""
+
+    async def remix(self, song: Path, options: RemixOptions, progress: Progress) -> Remix:
+        """The song itself, in every part."""
+        if options.voice:
+            raise NotFound(f"There is no voice {options.voice!r}: the fake has none.")
+        audio = await self.decode(song)
+        steps = max(10, options.seed)
+        for step in range(steps):
+            await asyncio.sleep(STEP_S)
+            progress("separate_stems", (step + 1) / steps)
+        notes = NotesOnGrid(NOTES, GRID, audio.duration_s)
+        return Remix(audio, {"vocals": audio}, notes, notes, audio, b'{"fake": true}', b"")
+
+    async def separate(
+        self, song: Path, options: SeparateOptions, progress: Progress
+    ) -> dict[str, Audio]:
+        """The song itself as its only stem."""
+        return {"vocals": await self.decode(song)}
+
+    async def transcribe(self, song: Path, progress: Progress) -> NotesOnGrid:
+        """One note."""
+        audio = await self.decode(song)
+        return NotesOnGrid(NOTES, GRID, audio.duration_s)
+
+    async def generate(
+        self, notes: Path, options: GenerateOptions, progress: Progress
+    ) -> NotesOnGrid:
+        """The notes that were given."""
+        return NotesOnGrid(read_notes(notes), GRID, 600.0)
+
+    async def convert(self, vocals: Path, options: ConvertOptions, progress: Progress) -> Audio:
+        """The vocal that was given."""
+        return await self.decode(vocals)
+
+    async def synthesize(self, notes: Path, progress: Progress) -> Audio:
+        """A second of silence."""
+        read_notes(notes)
+        return Audio(np.zeros((2, 44_100), np.float32), 44_100)
+
+
+_settings = read_settings()
+_desk = Desk(max_remixes=2)
+
+
+@bentoml.service(
+    name="fake_remix",
+    workers=1,
+    traffic={"timeout": 6_000},
+    endpoints={"livez": "/livez", "readyz": "/readyz"},
+)
+@bentoml.asgi_app(build_app(_desk))
+class FakeRemix:
+    """`service.Remix` over a fake composer."""
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def open(self) -> None:
+        """Take requests."""
+        _desk.open(FakeComposer(_settings, read_manifest(), no_infer))
+
+
+# `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
+cast(Any, FakeRemix).add_asgi_middleware(Guard, max_body_bytes=_settings.max_upload_bytes)
