@@ -46,10 +46,10 @@ class Guard:
             self._refuse_at_sight(Headers(scope=scope))
             await self._app(scope, self._counted(receive), answer.send)
         except (RemixError, HTTPException) as error:
-            await _close_with(error, scope, receive, answer)
+            await answer.close_with(error, scope, receive)
         except Exception as error:  # noqa: BLE001 - the last one who can answer the caller
             _log.exception("%s %s failed", scope["method"], scope["path"])
-            await _close_with(error, scope, receive, answer)
+            await answer.close_with(error, scope, receive)
         else:
             await answer.finish(scope, receive)
 
@@ -120,7 +120,7 @@ class _Answer:
         refusal = framework_refusal(self._foreign_status, detail, Request(scope), kept)
         await problem(refusal)(scope, receive, self._send)
 
-
-async def _close_with(error: Exception, scope: Scope, receive: Receive, answer: _Answer) -> None:
-    if not answer.started:
-        await problem(error)(scope, receive, answer.send)
+    async def close_with(self, error: Exception, scope: Scope, receive: Receive) -> None:
+        """Send the problem that an exception is, unless an answer is on its way already."""
+        if not self.started:
+            await problem(error)(scope, receive, self._send)

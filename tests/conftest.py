@@ -18,6 +18,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SLOW_SEED = 86_400
+"""A fake remix with this seed takes hours: it ends by being cancelled."""
+
+CRASH_SEED = 500
+"""A fake remix with this seed fails as a bug would."""
+
 SETTLE_S = 10.0
 """How long a server may take to clear up after an answer: a killed decoder must be reaped."""
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import bentoml
 import numpy as np
-from remix.pipeline import Remix
 
 from http_api.app import Desk, build_app
 from http_api.guard import Guard
@@ -21,8 +20,10 @@ from remix.errors import NotFound
 from remix.manifest import read_manifest
 from remix.notes import BeatGrid, Note, Tracks
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
+from remix.pipeline import Remix
 from remix.settings import read_settings
 from remix.stages import Infer, Progress
+from tests.conftest import CRASH_SEED
 
 STEP_S = 0.1
 """A fake stage takes ten of these, or as many as the seed says."""
@@ -43,6 +44,8 @@ class FakeComposer(Composer):
         """The song itself, in every part."""
         if options.voice:
             raise NotFound(f"There is no voice {options.voice!r}: the fake has none.")
+        if options.seed == CRASH_SEED:
+            raise RuntimeError("the secret of the fake")
         audio = await self.decode(song)
         steps = max(10, options.seed)
         for step in range(steps):

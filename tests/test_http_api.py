@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.conftest import ServerProcess
+from tests.conftest import CRASH_SEED, SLOW_SEED, ServerProcess
 from tests.test_audio_codec import hours_of_silence
 
 PROBLEM = "application/problem+json"
@@ -392,10 +392,6 @@ def test_caller_who_leaves_frees_the_slot_and_leaves_no_trace(
     http.post("/v1/remix", files={"song": ("s", wav())}).raise_for_status()
 
 
-SLOW_SEED = 86_400
-"""The fake composer takes so many tenths of a second: it ends when it is cancelled."""
-
-
 def test_more_remixes_than_the_limit_are_refused_with_retry_after(http: httpx.Client) -> None:
     answers: list[httpx.Response] = []
 
@@ -428,6 +424,17 @@ def test_caller_who_stops_sending_leaves_no_trace(fake_server: ServerProcess) ->
             headers={"Content-Type": "multipart/form-data; boundary=b"},
         )
     time.sleep(0.2)
+    assert fake_server.traces_become(before) == before
+
+
+def test_bug_is_a_problem_that_tells_nothing(
+    fake_server: ServerProcess, http: httpx.Client
+) -> None:
+    before = fake_server.traces()
+    answer = http.post(
+        "/v1/remix", files={"song": ("s", wav())}, data={"options": f'{{"seed": {CRASH_SEED}}}'}
+    )
+    assert "secret" not in problem_of(answer, 500, "internal")["detail"]
     assert fake_server.traces_become(before) == before
 
 
