@@ -234,7 +234,7 @@ class Client:
 
     def progress(self, request_id: str) -> Iterator[tuple[str, float]]:
         """Stage and fraction done of a running request, until it ends."""
-        with self._open("GET", f"/v1/progress/{request_id}") as answer:
+        with self._open("GET", "/v1/progress", params={"request_id": request_id}) as answer:
             for event, data in _server_sent(answer.iter_lines()):
                 if event == "end":
                     return
@@ -296,10 +296,8 @@ class Client:
 
         watcher = threading.Thread(target=follow, daemon=True)
         watcher.start()
-        try:
-            yield
-        finally:
-            watcher.join(timeout=1.0)
+        yield
+        watcher.join(timeout=1.0)  # the end of the stream lies right behind the answer
 
     @contextmanager
     def _open(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:

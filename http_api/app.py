@@ -144,7 +144,8 @@ def _add_lists(app: FastAPI, desk: Desk) -> None:
 
 def _add_progress(app: FastAPI, desk: Desk) -> None:
     @app.get(
-        "/v1/progress/{request_id}",
+        # A parameter, not a part of the path: /metrics has a series for every path.
+        "/v1/progress",
         summary="Watch a request",
         response_class=StreamingResponse,
         responses={
@@ -158,7 +159,7 @@ def _add_progress(app: FastAPI, desk: Desk) -> None:
                     }
                 },
             },
-            **problems(kind_of_status(400), kind_of_status(404)),
+            **problems(kind_of_status(400), kind_of_status(404), kind_of_status(422)),
         },
     )
     async def progress(request_id: str) -> StreamingResponse:

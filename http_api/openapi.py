@@ -21,7 +21,7 @@ model wrote from the song's own notes.
 
 Every refusal is `application/problem+json` (RFC 9457) and says the value, the limit and the
 remedy. Files are uploaded, never fetched from an address. To watch a request, send it with an
-`X-Request-Id` of your own and read `/v1/progress/{request_id}`.
+`X-Request-Id` of your own and read `/v1/progress?request_id=…`.
 """
 
 

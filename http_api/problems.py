@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -163,6 +164,10 @@ def framework_refusal(
 
 async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     """Starlette's exception handler for everything."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        error = Refusal(422, f"{name}: {first['msg']}.", value=first.get("input"), limit=name)
     if isinstance(error, HTTPException) and not isinstance(error, Refusal):
         error = framework_refusal(error.status_code, error.detail, request, error.headers or {})
     if kind_of(error).status >= 500:

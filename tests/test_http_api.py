@@ -321,7 +321,7 @@ def test_damaged_notes_are_refused(
 
 def events_of(http: httpx.Client, request_id: str) -> list[tuple[str, dict[str, Any]]]:
     events = []
-    with http.stream("GET", f"/v1/progress/{request_id}") as answer:
+    with http.stream("GET", "/v1/progress", params={"request_id": request_id}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in answer.iter_lines() if line and not line.startswith(":")]
     for event, data in zip(lines[::2], lines[1::2], strict=True):
@@ -352,6 +352,11 @@ def test_progress_of_a_failed_request_says_so(http: httpx.Client) -> None:
     request_id = uuid.uuid4().hex
     http.post("/v1/remix", files={"song": ("s", b"")}, headers={"X-Request-Id": request_id})
     assert events_of(http, request_id) == [("end", {"outcome": "failed"})]
+
+
+def test_progress_of_nobody_is_refused(http: httpx.Client) -> None:
+    problem_of(http.get("/v1/progress"), 422, "malformed-request")
+    problem_of(http.get("/v1/progress?request_id=a b"), 400, "malformed-request")
 
 
 def test_request_id_that_is_wrong_or_taken_is_refused(http: httpx.Client) -> None:
@@ -441,7 +446,7 @@ def test_bug_is_a_problem_that_tells_nothing(
 def test_openapi_describes_every_route(http: httpx.Client) -> None:
     described = http.get("/openapi.json").json()
     paths = described["paths"]
-    assert set(paths) == {*FORM_ROUTES, "/v1/voices", "/v1/models", "/v1/progress/{request_id}"}
+    assert set(paths) == {*FORM_ROUTES, "/v1/voices", "/v1/models", "/v1/progress"}
     for path, part in FORM_ROUTES.items():
         operation = paths[path]["post"]
         (form,) = operation["requestBody"]["content"].values()
