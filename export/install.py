@@ -152,11 +152,11 @@ def _install_file(
     entry: ModelEntry, file: ModelFile, places: Places, watch: Callable[[str, float], None]
 ) -> None:
     recipe = recipe_of(entry, file)
-    make = _MAKERS.get(recipe["kind"])
+    make = MAKERS.get(recipe["kind"])
     if make is None:
         raise InvalidModel(
             f"Entry {entry.name} has an origin of kind {recipe['kind']!r}; there are "
-            f"{', '.join(_MAKERS)}."
+            f"{', '.join(MAKERS)}."
         )
     path = places.models_dir / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def _from_exporter(
 
 _OPTIONAL_KINDS = {"hub", "export"}
 
-_MAKERS = {
+MAKERS = {
     "repository": _from_repository,
     "package": _from_package,
     "apt": _from_apt,
@@ -282,7 +282,7 @@ _MAKERS = {
 
 
 def _fill(graph_path: Path, sources: Mapping[str, bytes], made: Path) -> None:
-    from export.fill_weights import fill  # onnx takes 0.4 s to import; a no-op does without
+    from export.fill_weights import fill  # onnx: 0.2 s that a no-op does not need
     from export.read_arrays import read_arrays
 
     if not graph_path.is_file():
@@ -364,7 +364,7 @@ def _is_right(models_dir: Path, file: ModelFile, receipt: Receipt) -> bool:
 @contextmanager
 def _only_one(models_dir: Path) -> Iterator[None]:
     """Let a second `make models` wait for the first."""
-    with (models_dir / ".lock").open("w") as lock:
+    with (models_dir / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

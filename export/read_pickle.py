@@ -35,11 +35,14 @@ _TORCH_STORAGES = {
 
 _GLOBALS = {
     "_codecs.encode",
+    "__builtin__.bytes",  # protocol 2 spells an empty content so
     "collections.OrderedDict",
     "numpy.ndarray",
     "numpy.dtype",
     "numpy.core.multiarray._reconstruct",  # numpy 1
     "numpy._core.multiarray._reconstruct",  # numpy 2
+    "numpy.core.numeric._frombuffer",  # protocol 5
+    "numpy._core.numeric._frombuffer",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "torch._utils._rebuild_tensor_v2",
@@ -51,7 +54,7 @@ _GLOBALS = {
 _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 """Opcodes that push their own argument."""
 
@@ -142,12 +145,21 @@ def _call(function: object, arguments: Any) -> object:
     match function, arguments:
         case _Global("_codecs.encode"), (str(text), "latin1"):
             return text.encode("latin1")  # how protocol 2 spells bytes
+        case _Global("__builtin__.bytes"), ():
+            return b""
         case _Global("collections.OrderedDict"), ():
             return {}
         case _Global("numpy.dtype"), (str(code), *_):
             return _Dtype(code)
         case _Global(name), (_Global("numpy.ndarray"), *_) if name.endswith("._reconstruct"):
             return _Array()
+        case _Global(name), (
+            bytes(content) | bytearray(content),
+            dtype,
+            shape,
+            order,
+        ) if name.endswith("._frombuffer"):
+            return _Array((1, shape, dtype, order == "F", bytes(content)))
         case _Global(name), _ if name.endswith(".scalar"):
             return None  # a number that is no weight
         case _Global("torch._utils._rebuild_tensor_v2"), (
