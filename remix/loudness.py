@@ -1,4 +1,4 @@
-"""samples -> loudness (ITU-R BS.1770), true peak; and a limiter that holds a true peak.
+"""samples -> loudness (ITU-R BS.1770) and true peak; and samples that have the wanted ones.
 
 Silence has the loudness minus infinity, and every function takes it.
 """
@@ -6,7 +6,7 @@ Silence has the loudness minus infinity, and every function takes it.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import inf, log10, pi, tan
+from math import inf, isfinite, log10, pi, tan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,20 @@ HOP_SAMPLES = 32
 LOOK_AHEAD_HOPS = 4
 """How long before a peak the gain begins to fall, and how smooth it falls: 3 ms."""
 
-RELEASE_DB_PER_S = 60.0
-"""How fast the gain returns: 6 dB in 0.1 s, the shortest that does not distort a bass tone."""
+RELEASE_S = 0.08
+"""In which a reduction falls to 1/e of its decibels: a deep one, after a click, is gone quickly, a
+shallow one, under a bass tone, lasts longer than the tone's period and does not distort it."""
+
+PEAK_MARGIN_DB = 0.4
+"""How far below the ceiling the limiter aims: so much, at most, do other interpolators differ
+from this one (white noise, 8 times oversampled: 0.32 dB; music: less)."""
+
+LOUDNESS_TOLERANCE_LU = 0.1
+MAX_ROUNDS = 10
+SMALLEST_SHARE = 0.2
+"""A limiter takes loudness away; the gain before it is raised by what is missing, again and
+again, until nothing is, or so little of it comes through that the sound would suffer for nothing.
+Dense music needs two rounds, a sparse and peaky one more."""
 
 
 def loudness_lufs(audio: Audio) -> float:
@@ -94,29 +106,71 @@ def limit_true_peak(audio: Audio, ceiling_db: float) -> Audio:
         ceiling_db: dBTP.
 
     Returns:
+        [C, T], its true peak at most `ceiling_db`, which is measured; the input, if it is so
+        already.
+    """
+    if true_peak_db(audio.samples) <= ceiling_db:
+        return audio
+    return _checked(_limited(audio, _peaks(audio.samples), ceiling_db), ceiling_db)
+
+
+def master(audio: Audio, target_lufs: float, ceiling_db: float) -> Audio:
+    """The same sound at a loudness, with its true peaks below a ceiling.
+
+    Args:
+        audio: [C, T].
+        target_lufs: what the integrated loudness becomes, to 0.1 LU; less only where the sound
+            is so sparse that no limiter could give it more.
+        ceiling_db: dBTP.
+
+    Returns:
         [C, T], its true peak at most `ceiling_db`, which is measured.
     """
-    ceiling = 10 ** (ceiling_db / 20)
-    samples = audio.samples
-    peaks = _peaks(samples)
-    if peaks.max(initial=0.0) > ceiling:
-        samples = samples * _gain(peaks, ceiling, audio.sample_rate_hz, samples.shape[1])
-    # The gain's own slope can lift a peak between samples by a trace: take that off the whole.
-    excess = float(_peaks(samples).max(initial=0.0)) / ceiling
-    if excess > 1:
-        samples = samples * np.float32(1 / excess * (1 - 1e-6))
-    return Audio(samples, audio.sample_rate_hz)
+    missing_lu = target_lufs - loudness_lufs(audio)
+    if not isfinite(missing_lu):  # silence, or so near it that no block passes the gate
+        return limit_true_peak(audio, ceiling_db)
+    peaks = _peaks(audio.samples)
+    gain_db, step_db, limited = 0.0, missing_lu, audio
+    for _ in range(MAX_ROUNDS):
+        gain_db += step_db
+        gain = np.float32(10 ** (gain_db / 20))
+        raised = Audio(audio.samples * gain, audio.sample_rate_hz)
+        limited = _limited(raised, peaks * gain, ceiling_db)
+        before_lu, missing_lu = missing_lu, target_lufs - loudness_lufs(limited)
+        if abs(missing_lu) <= LOUDNESS_TOLERANCE_LU:
+            break
+        # The secant: how much of the last step's gain came through the limiter.
+        share = min(1.0, max(SMALLEST_SHARE, (before_lu - missing_lu) / step_db))
+        step_db = missing_lu / share
+    return _checked(limited, ceiling_db)
 
 
-def _gain(
-    peaks: NDArray[np.float32], ceiling: float, rate_hz: int, length: int
-) -> NDArray[np.float32]:
-    """[T]: gain by sample, out of the true peak of each hop."""
-    need_db = 20 * np.log10(np.maximum(peaks / ceiling, 1.0).astype(np.float64))
-    # The reduction falls by no more than the release: r[n] = max over m <= n of
-    # need[m] - slope (n - m) = (max over m <= n of need[m] + slope m) - slope n.
-    fall_db = np.arange(len(need_db)) * (RELEASE_DB_PER_S * HOP_SAMPLES / rate_hz)
-    held_db = np.maximum.accumulate(need_db + fall_db) - fall_db
+def _limited(audio: Audio, peaks: NDArray[np.float32], ceiling_db: float) -> Audio:
+    """Limited by the peaks that were measured; they are not measured again."""
+    aim = 10 ** ((ceiling_db - PEAK_MARGIN_DB) / 20)
+    if peaks.max(initial=0.0) <= aim:
+        return audio
+    gain = _gain(peaks / aim, audio.sample_rate_hz, audio.samples.shape[1])
+    return Audio(audio.samples * gain, audio.sample_rate_hz)
+
+
+def _checked(audio: Audio, ceiling_db: float) -> Audio:
+    """Below the ceiling for certain: the gain's own slope can lift a peak by a trace."""
+    excess_db = true_peak_db(audio.samples) - ceiling_db
+    if excess_db <= 0:
+        return audio
+    return Audio(audio.samples * np.float32(10 ** (-excess_db / 20) * (1 - 1e-6)),
+                 audio.sample_rate_hz)  # fmt: skip
+
+
+def _gain(excess: NDArray[np.float32], rate_hz: int, length: int) -> NDArray[np.float32]:
+    """[T]: gain by sample, out of each hop's true peak as a multiple of what is allowed."""
+    need_db = 20 * np.log10(np.maximum(excess, 1.0).astype(np.float64))
+    # A reduction falls by no more than the release: r[n] = max over m <= n of
+    # need[m] d^(n - m), whose logarithm is (max over m <= n of log need[m] - m log d) + n log d.
+    decay = np.arange(len(need_db)) * (HOP_SAMPLES / rate_hz / RELEASE_S)
+    logarithm = np.log(np.maximum(need_db, 1e-9)) + decay
+    held_db = np.exp(np.maximum.accumulate(logarithm) - decay)
     # Each hop's gain is a mean over the hops around it, and a sample's gain lies between the
     # gains of two hops: with the minimum taken over one hop more than the mean is wide, neither
     # can exceed what the hop itself needs.
@@ -139,7 +193,9 @@ def _peaks(samples: Samples) -> NDArray[np.float32]:
     hops = -(-length // HOP_SAMPLES)
     padded = np.zeros((channels, hops * HOP_SAMPLES), np.float32)
     np.abs(samples, out=padded[:, :length])
-    peaks = padded.max(axis=0, initial=0.0).reshape(hops, HOP_SAMPLES).max(axis=1, initial=0.0)
+    peaks: NDArray[np.float32] = (
+        padded.max(axis=0, initial=0.0).reshape(hops, HOP_SAMPLES).max(axis=1, initial=0.0)
+    )
     loud = peaks > 0.5 * peaks.max(initial=0.0)
     reach = PEAK_ZERO_CROSSINGS
     chunk_hops = 1 << 12

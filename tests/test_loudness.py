@@ -115,7 +115,7 @@ def test_limiter_holds_the_ceiling_whatever_comes(
     assert true_peak_db(limited.samples) <= -1.0
     # Another filter, twice the rate: near the Nyquist frequency, where white noise and clicks
     # have their share, two interpolators differ by some tenths of a decibel.
-    assert reference_peak_db(limited.samples) <= -0.5
+    assert reference_peak_db(limited.samples) <= -0.8
 
 
 def test_limiter_leaves_alone_what_is_below() -> None:
@@ -127,9 +127,10 @@ def test_limiter_turns_down_only_around_the_peak() -> None:
     samples = sine(440, -12, 2)
     samples[:, RATE_HZ : RATE_HZ + 50] *= 6
     limited = limit_true_peak(Audio(samples, RATE_HZ), -6.0).samples
-    before, after = slice(0, RATE_HZ - 500), slice(RATE_HZ + 12_000, None)
+    before, after = slice(0, RATE_HZ - 500), slice(RATE_HZ * 7 // 4, None)
     assert np.abs(limited - samples)[:, before].max() == 0
-    assert np.abs(limited - samples)[:, after].max() < 1e-6
+    # Nine times the release later: 10 dB / e^9 are a thousandth of a decibel, of 0.25.
+    assert np.abs(limited - samples)[:, after].max() < 1e-4
     # The gain is smooth: it moves by less than a decibel in a hop of 0.7 ms.
     loud = np.abs(samples[0]) > 0.1
     gain_db = 20 * np.log10(limited[0, loud] / samples[0, loud])
