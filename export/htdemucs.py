@@ -234,7 +234,8 @@ class Bottleneck(nn.Module):
         step = -math.log(transformer.max_period) / (dim // 2)
         half = dim // 2
         periods = [transformer.max_period ** (i / (half - 1)) for i in range(half)]
-        self.register_buffer("rates", torch.tensor([step * i for i in range(0, half, 2)]).exp())
+        rates = [math.exp(step * i) for i in range(0, half, 2)]
+        self.register_buffer("rates", torch.tensor(rates))
         self.register_buffer("periods", torch.tensor(periods))
         self.register_buffer("frames", torch.arange(float(n_frames))[:, None])
         self.register_buffer("rows", torch.arange(float(n_rows))[:, None])

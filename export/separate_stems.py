@@ -75,7 +75,7 @@ def _model(name: str, checkpoint: Path | None) -> onnx.ModelProto:
         case "spleeter-2stems":
             return spleeter_graph()
         case "htdemucs":
-            model = HTDemucs(**PUBLISHED_HTDEMUCS)
+            model = random_htdemucs()  # the exporter merges initializers that are equal
             return empty(export_htdemucs(model), htdemucs_recipe(model))
         case "htdemucs-random":
             return export_htdemucs(random_htdemucs())
@@ -85,8 +85,11 @@ def _model(name: str, checkpoint: Path | None) -> onnx.ModelProto:
 def spleeter_graph() -> onnx.ModelProto:
     """The weightless graph of both networks; arrays `vocals.…` and `accompaniment.…` fill it."""
     module = VocalsMask().eval()
-    names = {"magnitudes": torch.rand(1, 2, SPLEETER_FRAMES, N_BINS)}
-    complete = _export(module, names, ["vocals_mask"])
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():  # the exporter merges initializers that are equal
+            tensor.uniform_(0.5, 1.5)
+    inputs = {"magnitudes": torch.rand(1, 2, SPLEETER_FRAMES, N_BINS)}
+    complete = _export(module, inputs, ["vocals_mask"])
     recipe = {
         tensor.name: {"array": tensor.name}
         for tensor in complete.graph.initializer
@@ -123,22 +126,23 @@ def htdemucs_recipe(model: HTDemucs) -> dict[str, dict[str, str]]:
 
 
 def random_htdemucs(seed: int = RANDOM_SEED) -> HTDemucs:
-    """The published architecture with random weights, the same on every machine.
+    """The published architecture with random weights, to the bit the same on every machine.
 
     Every layer keeps the scale of what it sees (variance 1 / fan-in), and every layer scale and
-    norm has its own value, so that nothing in the network is idle.
+    norm has its own value, so that nothing in the network is idle. Only products of uniform
+    numbers are used: logarithms and exponentials differ between machines in their last bit.
     """
     model = HTDemucs(**PUBLISHED_HTDEMUCS).eval()
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            noise = random.standard_normal(parameter.shape, np.float32)
-            if parameter.dim() > 1:
-                values = noise / np.sqrt(parameter[0].numel(), dtype=np.float32)
+            noise = random.random(parameter.shape, np.float32) - np.float32(0.5)
+            if parameter.dim() > 1:  # a uniform number has variance 1 / 12
+                values = noise * np.sqrt(12 / parameter[0].numel()).astype(np.float32)
             elif name.endswith("bias"):
-                values = np.float32(0.05) * noise
+                values = np.float32(0.2) * noise
             else:  # layer scales and norms
-                values = np.float32(0.5) + np.float32(0.1) * noise
+                values = np.float32(0.5) + np.float32(0.4) * noise
             parameter.copy_(torch.from_numpy(values))
     return model
 

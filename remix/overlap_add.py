@@ -39,8 +39,8 @@ def triangle(size: int) -> NDArray[np.float32]:
 
     Source: demucs 4.1.0, apply.py, `apply_model` with transition power 1.
 
-    >>> triangle(5).round(2).tolist()
-    [0.33, 0.67, 1.0, 0.67, 0.33]
+    >>> triangle(4).tolist()
+    [0.5, 1.0, 1.0, 0.5]
     """
     half = size // 2
     rising = np.arange(1, half + 1, dtype=np.float32)
