@@ -294,11 +294,10 @@ def test_each_stage_answers_alone(http: httpx.Client) -> None:
         headers={"Accept": "application/json"},
     )
     assert again.json()["tracks"]
-    for path, part, file in [
-        ("/v1/convert", "vocals", ("s", wav())),
-        ("/v1/synthesize", "notes", notes),
+    for sound in [
+        http.post("/v1/convert", files={"vocals": ("s", wav())}),
+        http.post("/v1/synthesize", files={"notes": notes}),
     ]:
-        sound = http.post(path, files={part: file})
         assert sound.headers["content-type"] == "audio/wav", sound.text
         assert soundfile.info(io.BytesIO(sound.content)).frames > 0
     stems = http.post("/v1/separate", files={"song": ("s", wav())})
