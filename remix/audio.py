@@ -26,4 +26,4 @@ class Audio:
     @property
     def duration_s(self) -> float:
         """Length in seconds."""
-        return self.samples.shape[-1] / self.sample_rate_hz
+        return int(self.samples.shape[-1]) / self.sample_rate_hz

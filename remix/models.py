@@ -1,0 +1,81 @@
+"""options, manifest -> the models that make one remix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from remix.convert_voice import Voice, voice_names
+from remix.errors import NotFound
+from remix.manifest import Manifest, ModelEntry, default_model, installed
+from remix.options import RemixOptions
+from remix.separate_stems import Separator
+from remix.synthesize_audio import Synthesizer
+from remix.transcribe_notes import Transcriber
+
+
+@dataclass(frozen=True)
+class Models:
+    """What runs in each stage."""
+
+    separator: Separator
+    transcriber: Transcriber
+    generator: str
+    voice: Voice
+    synthesizer: Synthesizer
+
+    def names(self) -> list[str]:
+        """Manifest entries, in the order of the flow."""
+        voice = self.voice
+        return [
+            self.separator.name,
+            self.transcriber.name,
+            self.generator,
+            voice.content_model,
+            voice.pitch_model,
+            voice.model,
+            self.synthesizer.name,
+        ]
+
+
+def choose_models(manifest: Manifest, models_dir: Path, options: RemixOptions) -> Models:
+    """The models that the options name, and the best installed one where they name none.
+
+    Raises:
+        NotFound: a named model or voice is not installed, or a stage has no model at all.
+    """
+    return Models(
+        separator=Separator.of(_separator(manifest, models_dir, options.separator)),
+        transcriber=Transcriber.of(default_model(manifest, "transcribe_notes", models_dir)),
+        generator=default_model(manifest, "generate_notes", models_dir).name,
+        voice=_voice(manifest, models_dir, options.voice),
+        synthesizer=Synthesizer.of(default_model(manifest, "synthesize_audio", models_dir)),
+    )
+
+
+def installed_voices(manifest: Manifest, models_dir: Path) -> list[tuple[str, ModelEntry]]:
+    """Every voice that can sing, and the model that it is of; the default first."""
+    return [
+        (name, entry)
+        for entry in installed(manifest, "convert_voice", models_dir)
+        for name in voice_names(entry)
+    ]
+
+
+def _separator(manifest: Manifest, models_dir: Path, name: str) -> ModelEntry:
+    if not name:
+        return default_model(manifest, "separate_stems", models_dir)
+    found = {entry.name: entry for entry in installed(manifest, "separate_stems", models_dir)}
+    if name not in found:
+        raise NotFound(f"There is no separator {name!r}: use {', '.join(found) or 'none yet'}.")
+    return found[name]
+
+
+def _voice(manifest: Manifest, models_dir: Path, name: str) -> Voice:
+    found = dict(installed_voices(manifest, models_dir))
+    if not found:
+        raise NotFound(f"No voice is installed in {models_dir}: run `make models`.")
+    chosen = name or next(iter(found))
+    if chosen not in found:
+        raise NotFound(f"There is no voice {name!r}: use {', '.join(found)}.")
+    return Voice.of(found[chosen], chosen)
