@@ -31,12 +31,22 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.RemixError]] = {
 
 @dataclass
 class StageTimes:
-    """Where the calls of one stage spent their time, summed; and how many windows they had."""
+    """Where the calls of one stage spent their time, summed; and how many windows they had.
+
+    `wall_s` is from the first call's start to the last one's end.
+    """
 
     queue_s: float = 0.0
     compute_s: float = 0.0
     transfer_s: float = 0.0
     windows: int = 0
+    start_s: float = float("inf")
+    end_s: float = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """How long the stage was at work."""
+        return max(0.0, self.end_s - self.start_s)
 
 
 class Runners:
@@ -94,7 +104,10 @@ class Runners:
         compute_s = response.parameters["compute_s"].double_param
         spent.queue_s += queue_s
         spent.compute_s += compute_s
-        spent.transfer_s += max(0.0, time.monotonic() - start_s - queue_s - compute_s)
+        end_s = time.monotonic()
+        spent.transfer_s += max(0.0, end_s - start_s - queue_s - compute_s)
+        spent.start_s = min(spent.start_s, start_s)
+        spent.end_s = max(spent.end_s, end_s)
         spent.windows += len(next(iter(inputs.values())))
         return outputs
 
