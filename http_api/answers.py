@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import BinaryIO, cast
 
 import anyio.to_thread
-from remix.pipeline import Remix
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from remix.audio import Audio
 from remix.audio_codec import Format, encode
-from remix.composer import NotesOnGrid
+from remix.composer import NotesOnGrid, tracks_of_stems
+from remix.manifest import Manifest
+from remix.midi import write_midi
 from remix.note_json import write_json
+from remix.report import MadeRemix, report
 
 WAV, FLAC, MP3, ZIP = "audio/wav", "audio/flac", "audio/mpeg", "application/zip"
 MIDI, JSON = "audio/midi", "application/json"
@@ -26,11 +29,12 @@ AUDIO_FORMATS: dict[str, Format] = {WAV: "wav16", FLAC: "flac", MP3: "mp3"}
 CHUNK_BYTES = 1 << 18
 
 
-async def of_remix(made: Remix, media_type: str) -> Response:
+async def of_remix(made: MadeRemix, manifest: Manifest, media_type: str) -> Response:
     """The remix alone, or all there is of it."""
     if media_type == ZIP:
-        return FileAnswer(await anyio.to_thread.run_sync(write_zip, _remix_parts(made)), ZIP)
-    return await of_audio(made.remix, media_type)
+        parts = _remix_parts(made, manifest)
+        return FileAnswer(await anyio.to_thread.run_sync(write_zip, parts), ZIP)
+    return await of_audio(made.remix.audio, media_type)
 
 
 async def of_stems(stems: Mapping[str, Audio]) -> Response:
@@ -50,14 +54,16 @@ def of_notes(notes: NotesOnGrid, media_type: str) -> Response:
     return Response(content, media_type=media_type)
 
 
-def _remix_parts(made: Remix) -> Iterator[tuple[str, bytes]]:
-    yield "remix.wav", encode(made.remix, "wav16")
-    yield from _stem_parts(made.stems)
-    yield "notes.mid", made.notes.midi()
-    yield "generated.mid", made.generated.midi()
-    yield "voice.wav", encode(made.voice, "wav")
-    yield "report.json", made.report_json
-    yield "report.png", made.report_png
+def _remix_parts(made: MadeRemix, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+    remix = made.remix
+    rate_hz, duration_s = remix.song.sample_rate_hz, remix.song.duration_s
+    yield "remix.wav", encode(remix.audio, "wav16")
+    yield from _stem_parts({name: Audio(stem, rate_hz) for name, stem in remix.stems.items()})
+    yield "notes.mid", write_midi(tracks_of_stems(remix.band.heard), remix.band.grid, duration_s)
+    yield "generated.mid", write_midi(remix.band.written, remix.band.grid, duration_s)
+    yield "voice.wav", encode(remix.voice.audio, "wav")
+    yield "report.json", json.dumps(report(made, manifest), indent=2).encode()
+    yield "report.png", b""
 
 
 def _stem_parts(stems: Mapping[str, Audio]) -> Iterator[tuple[str, bytes]]:

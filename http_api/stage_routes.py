@@ -58,7 +58,8 @@ class FormRoute(Generic[AnyOptions]):
 async def _remix(
     composer: Composer, song: Path, options: RemixOptions, media_type: str, progress: Progress
 ) -> Response:
-    return await answers.of_remix(await composer.remix(song, options, progress), media_type)
+    made = await composer.remix(song, options, progress)
+    return await answers.of_remix(made, composer.manifest, media_type)
 
 
 async def _separate(

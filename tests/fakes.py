@@ -15,14 +15,18 @@ import numpy as np
 from http_api.app import Desk, build_app
 from http_api.guard import Guard
 from remix.audio import Audio
-from remix.composer import Composer, NotesOnGrid, read_notes
+from remix.composer import Composer, NotesOnGrid, TimedInfer, read_notes
+from remix.convert_voice import ConvertedVocal
 from remix.errors import NotFound
 from remix.manifest import read_manifest
+from remix.mix_tracks import MixReport
+from remix.models import Models
 from remix.notes import BeatGrid, Note, Tracks
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
-from remix.pipeline import Remix
+from remix.pipeline import NewBand, Remix, to_mixture
+from remix.report import MadeRemix
 from remix.settings import read_settings
-from remix.stages import Infer, Progress
+from remix.stages import Progress
 from tests.conftest import CRASH_SEED
 
 STEP_S = 0.1
@@ -32,7 +36,23 @@ GRID = BeatGrid(np.arange(-2.0, 700.0, 0.5), 0, 4, 120.0, 0, "major")
 NOTES: Tracks = {"piano": [Note(0.0, 0.25, 60, 80)]}
 
 
-def no_infer() -> Infer:
+class NoVoice:
+    """Nobody sings."""
+
+    name = "nobody"
+
+
+class NoModels:
+    """Stands for `remix.models.Models`: none."""
+
+    voice = NoVoice()
+
+    def names(self) -> list[str]:
+        """No names."""
+        return []
+
+
+def no_infer() -> TimedInfer:
     """The fake composer has no use for one."""
     raise AssertionError("The fake composer runs no model.")
 
@@ -40,7 +60,7 @@ def no_infer() -> Infer:
 class FakeComposer(Composer):
     """Decodes as the real one does; whatever a model would do takes a second and does nothing."""
 
-    async def remix(self, song: Path, options: RemixOptions, progress: Progress) -> Remix:
+    async def remix(self, song: Path, options: RemixOptions, progress: Progress) -> MadeRemix:
         """The song itself, in every part."""
         if options.voice:
             raise NotFound(f"There is no voice {options.voice!r}: the fake has none.")
@@ -51,8 +71,17 @@ class FakeComposer(Composer):
         for step in range(steps):
             await asyncio.sleep(STEP_S)
             progress("separate_stems", (step + 1) / steps)
-        notes = NotesOnGrid(NOTES, GRID, audio.duration_s)
-        return Remix(audio, {"vocals": audio}, notes, notes, audio, b'{"fake": true}', b"")
+        mixture = to_mixture(audio)
+        band = NewBand({"other": NOTES["piano"]}, GRID, NOTES, {}, ("Nobody plays: a fake.",))
+        made = Remix(
+            audio=mixture,
+            song=mixture,
+            stems={"vocals": mixture.samples},
+            band=band,
+            voice=ConvertedVocal(mixture, 0, 0.0, 0.0),
+            mix=MixReport(0.0, 0.0, None, None, None, None),
+        )
+        return MadeRemix(made, options, cast(Models, NoModels()), {}, 0.0, 1.0)
 
     async def separate(
         self, song: Path, options: SeparateOptions, progress: Progress

@@ -188,7 +188,7 @@ def test_client_reports_progress_and_typed_errors(
             song, tmp_path / "out", on_progress=lambda stage, done: seen.append((stage, done))
         )
         assert files.remix.stat().st_size > 0
-        assert files.report == {"fake": True}
+        assert files.report["warnings"] == ["Nobody plays: a fake."]
         assert seen[-1] == ("separate_stems", 1.0)
         with song.open("rb") as stream, pytest.raises(Refused) as refused:
             client.remix_audio(stream, {"voice": "nobody"})

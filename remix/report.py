@@ -1,0 +1,120 @@
+"""remix -> its report: what made it, how long that took, how it compares with the song."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from remix.manifest import Manifest, ModelEntry
+from remix.models import Models
+from remix.options import RemixOptions
+from remix.pipeline import Remix
+from remix.stages import STAGES, Stage
+
+
+class StageTime(Protocol):
+    """Where the calls of one stage's runner spent their time, summed over its windows."""
+
+    queue_s: float
+    compute_s: float
+    transfer_s: float
+    windows: int
+
+    @property
+    def wall_s(self) -> float:
+        """From the first call's start to the last one's end."""
+        ...
+
+
+@dataclass(frozen=True)
+class MadeRemix:
+    """A remix, and how it was made.
+
+    Args:
+        remix: the music.
+        options: as they were understood, defaults and all.
+        models: that worked.
+        times: of the runners' calls.
+        decode_s: from the uploaded file to the song.
+        wall_s: from the song to the remix.
+    """
+
+    remix: Remix
+    options: RemixOptions
+    models: Models
+    times: Mapping[Stage, StageTime]
+    decode_s: float
+    wall_s: float
+
+
+def report(made: MadeRemix, manifest: Manifest) -> dict[str, Any]:
+    """Everything that can be said of a remix, as JSON has it."""
+    remix = made.remix
+    return {
+        "song": {"duration_s": round(remix.song.duration_s, 3)},
+        "voice": made.models.voice.name,
+        "options": made.options.model_dump(mode="json"),
+        "models": [_model(manifest[name]) for name in made.models.names()],
+        "music": _music(remix),
+        "mix": _rounded(asdict(remix.mix)),
+        "times": _times(made),
+        "warnings": list(remix.band.warnings),
+    }
+
+
+def _model(entry: ModelEntry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "stage": entry.stage,
+        "weights": entry.weights,
+        "licence": entry.licence,
+        "source": entry.source,
+        "files": [{"path": file.path, "sha256": file.sha256} for file in entry.files],
+    }
+
+
+def _music(remix: Remix) -> dict[str, Any]:
+    grid = remix.band.grid
+    return {
+        "tempo_bpm": round(grid.tempo_bpm, 2),
+        "beats_per_bar": grid.beats_per_bar,
+        "tonic": grid.tonic,
+        "mode": grid.mode,
+        "notes_heard": {name: len(notes) for name, notes in remix.band.heard.items()},
+        "notes_written": {name: len(notes) for name, notes in remix.band.written.items()},
+        "voice_octaves": remix.voice.octaves,
+        "vocal_voiced_share": round(remix.voice.voiced_share, 3),
+    }
+
+
+def _times(made: MadeRemix) -> dict[str, Any]:
+    """Stages in their order, and what their work would take one after the other, `sum_s`.
+
+    Windows of a stage may wait at the same time, so its `queue_s` can exceed the wall time; what
+    it cost is `compute_s` and `transfer_s`, and only these are summed.
+    """
+    stages = {
+        stage: {
+            "queue_s": round(time.queue_s, 3),
+            "compute_s": round(time.compute_s, 3),
+            "transfer_s": round(time.transfer_s, 3),
+            "wall_s": round(time.wall_s, 3),
+            "windows": time.windows,
+        }
+        for stage in STAGES
+        if (time := made.times.get(stage)) is not None
+    }
+    return {
+        "decode_s": round(made.decode_s, 3),
+        "wall_s": round(made.wall_s, 3),
+        "sum_s": round(sum(s["compute_s"] + s["transfer_s"] for s in stages.values()), 3),
+        "stages": stages,
+    }
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in values.items()
+    }
