@@ -109,6 +109,7 @@ def install(manifest: Manifest, places: Places, progress: Progress) -> Report:
                 continue
             try:
                 for file in pending:
+                    _require_what_it_needs(recipe_of(entry, file), places)
                     with progress.of(entry.name) as watch:
                         _install_file(entry, file, places, watch)
                     receipt[file.path] = _seen(places.models_dir / file.path, file.sha256)
@@ -130,7 +131,7 @@ def check(manifest: Manifest, models_dir: Path) -> Report:
             report.unchanged.append(entry.name)
         except InvalidModel as error:
             optional = not any((models_dir / f.path).exists() for f in entry.files) and all(
-                recipe_of(entry, f).get("kind") in _OPTIONAL_KINDS for f in entry.files
+                recipe_of(entry, f)["kind"] in _OPTIONAL_KINDS for f in entry.files
             )
             (report.left_out if optional else report.failed)[entry.name] = str(error)
     return report
@@ -140,11 +141,14 @@ def recipe_of(entry: ModelEntry, file: ModelFile) -> Recipe:
     """How one file of a model is made.
 
     Raises:
-        InvalidModel: the manifest does not say.
+        InvalidModel: the manifest does not say, or names a kind that is unknown.
     """
-    recipe = entry.origin if "kind" in entry.origin else entry.origin.get(file.path)
-    if recipe is None:
-        raise InvalidModel(f"Entry {entry.name} of the manifest has no origin for {file.path}.")
+    recipe = entry.origin if "kind" in entry.origin else entry.origin.get(file.path, {})
+    if recipe.get("kind") not in MAKERS:
+        raise InvalidModel(
+            f"Entry {entry.name} of the manifest has an origin of kind {recipe.get('kind')!r} for "
+            f"{file.path}; it must be one of {', '.join(MAKERS)}."
+        )
     return recipe
 
 
@@ -152,18 +156,12 @@ def _install_file(
     entry: ModelEntry, file: ModelFile, places: Places, watch: Callable[[str, float], None]
 ) -> None:
     recipe = recipe_of(entry, file)
-    make = MAKERS.get(recipe["kind"])
-    if make is None:
-        raise InvalidModel(
-            f"Entry {entry.name} has an origin of kind {recipe['kind']!r}; there are "
-            f"{', '.join(MAKERS)}."
-        )
     path = places.models_dir / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f"{path.name}.new")
     made.unlink(missing_ok=True)
     try:
-        make(entry, recipe, places, made, watch)
+        MAKERS[recipe["kind"]](entry, recipe, places, made, watch)
         if (found := sha256_of(made)) != file.sha256:
             raise InvalidModel(
                 f"{file.path} of model {entry.name} came out with sha256 {found}, the manifest "
@@ -223,10 +221,6 @@ def _from_apt(
 def _from_hub(
     entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
 ) -> None:
-    if problem := _hub_problem(places.hub_url):
-        raise _LeftOut(problem)
-    if "export" in recipe:
-        _require_torch()
     hub_file = HubFile(recipe["repo"], recipe["revision"], recipe["file"], recipe["sha256"])
     try:
         fetched = fetch_from_hub(
@@ -265,7 +259,6 @@ def _hub_problem(hub_url: str) -> str:
 def _from_exporter(
     entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
 ) -> None:
-    _require_torch()
     watch("export", 0.1)
     _run_exporter(entry, recipe.get("export", entry.stage), made, places, [])
 
@@ -295,12 +288,13 @@ def _fill(graph_path: Path, sources: Mapping[str, bytes], made: Path) -> None:
     fill(graph_path, arrays, made)
 
 
-def _require_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise _LeftOut(
-            "making it needs torch: `make export-environment`, then "
-            "`.venv-dev/bin/python -m export.install`"
-        )
+def _require_what_it_needs(recipe: Recipe, places: Places) -> None:
+    """Leave a model out that needs a hub or torch where there is none."""
+    if recipe["kind"] == "hub" and (problem := _hub_problem(places.hub_url)):
+        raise _LeftOut(problem)
+    needs_torch = recipe["kind"] == "export" or "export" in recipe
+    if needs_torch and importlib.util.find_spec("torch") is None:
+        raise _LeftOut("making it needs torch, which is in .venv-dev (`make test` installs it)")
 
 
 def _run_exporter(
@@ -378,7 +372,8 @@ def explain(manifest: Manifest, models_dir: Path, report: Report) -> Iterator[st
         stage = manifest[name].stage
         others = [e.name for e in installed(manifest, stage, models_dir)]
         instead = f"{stage} is served by {others[0]}" if others else f"{stage} has no model"
-        yield f"left out: {name}: {reason}; {instead}."
+        kind = " (random weights, for measurements)" if manifest[name].weights == "random" else ""
+        yield f"left out: {name}{kind}: {reason.rstrip('.')}; {instead}."
     for name, reason in report.failed.items():
         yield f"FAILED: {name}: {reason}"
     for stage in STAGES:

@@ -350,6 +350,16 @@ def _bytes_of_partials(workshop: Workshop) -> int:
     return sum(path.stat().st_size for path in workshop.folder.glob("src/*.partial"))
 
 
+@pytest.mark.parametrize("origin", [{}, {"kind": "ftp"}, {"other.onnx": {"kind": "repository"}}])
+def test_install_says_where_the_manifest_has_no_usable_origin(
+    origin: dict[str, Any], workshop: Workshop
+) -> None:
+    workshop.add("toy", origin, b"graph")
+    code, said = workshop.run()
+    assert code == 1
+    assert "FAILED: toy: Entry toy of the manifest has an origin of kind" in said
+
+
 def test_install_survives_a_damaged_receipt(workshop: Workshop) -> None:
     workshop.add("toy", {**workshop.wheel(m=b"graph"), "member": "toy_weights/m"}, b"graph")
     assert workshop.run()[0] == 0
