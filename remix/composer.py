@@ -18,7 +18,7 @@ from remix.convert_voice import Vocal, convert_voice
 from remix.errors import InvalidInput, LimitExceeded
 from remix.generate_notes import HeardNotes, generate_notes, plan_song
 from remix.generate_notes import join_chunks as join_notes
-from remix.loudness import limit_true_peak
+from remix.loudness import master
 from remix.manifest import Manifest, ModelEntry, installed
 from remix.midi import read_midi, write_midi
 from remix.mix_tracks import PEAK_CEILING_DB, SAMPLE_RATE_HZ
@@ -26,7 +26,7 @@ from remix.models import Models, choose_models, installed_voices
 from remix.note_grid import end_of, find_grid, read_grid
 from remix.note_json import read_json
 from remix.notes import BeatGrid, Note, Tracks
-from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
+from remix.options import ConvertOptions, GenerateOptions, MixOptions, RemixOptions, SeparateOptions
 from remix.pipeline import remix_song, to_mixture
 from remix.report import MadeRemix, StageTime
 from remix.separate_stems import StemsChunk, join_chunks, separate_stems
@@ -174,7 +174,7 @@ class Composer:
         return converted.audio
 
     async def synthesize(self, notes: Path, progress: Progress) -> Audio:
-        """Notes -> their sound, every track as loud as it was written; peaks are held below 0."""
+        """Notes -> their sound, tracks as loud beside each other as they are written."""
         models = self._models(RemixOptions())
         tracks, duration_s = await asyncio.to_thread(self._read, notes)
         length_samples = round((duration_s + RING_S) * SAMPLE_RATE_HZ)
@@ -182,7 +182,8 @@ class Composer:
             tracks, length_samples, models.synthesizer, self._infer_for_song(), progress=progress
         )
         sound = Audio(np.sum(list(played.values()), axis=0), SAMPLE_RATE_HZ)
-        return await asyncio.to_thread(limit_true_peak, sound, PEAK_CEILING_DB)
+        loudness_lufs = MixOptions().loudness_lufs
+        return await asyncio.to_thread(master, sound, loudness_lufs, PEAK_CEILING_DB)
 
     def default_models(self) -> set[str]:
         """Names of the models that work when nobody asks for others."""

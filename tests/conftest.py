@@ -63,6 +63,16 @@ class ServerProcess:
         """Every process of the server."""
         return _tree(self.pid)
 
+    def memory_bytes(self) -> int:
+        """What all processes hold that is theirs alone."""
+        total_kib = 0
+        for pid in self.pids():
+            with suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Private_"):
+                        total_kib += int(line.split()[1])
+        return total_kib * 1024
+
     def traces_become(self, before: Traces) -> Traces:
         """What there is, as soon as it is what there was, and else after `SETTLE_S`."""
         until_s = time.monotonic() + SETTLE_S
