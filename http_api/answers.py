@@ -62,8 +62,9 @@ def _remix_parts(made: MadeRemix, manifest: Manifest) -> Iterator[tuple[str, byt
     yield "notes.mid", write_midi(tracks_of_stems(remix.band.heard), remix.band.grid, duration_s)
     yield "generated.mid", write_midi(remix.band.written, remix.band.grid, duration_s)
     yield "voice.wav", encode(remix.voice.audio, "wav")
-    yield "report.json", json.dumps(report(made, manifest), indent=2).encode()
-    yield "report.png", b""
+    facts, picture = report(made, manifest)
+    yield "report.json", json.dumps(facts, indent=2).encode()
+    yield "report.png", picture
 
 
 def _stem_parts(stems: Mapping[str, Audio]) -> Iterator[tuple[str, bytes]]:

@@ -10,6 +10,7 @@ from remix.manifest import Manifest, ModelEntry
 from remix.models import Models
 from remix.options import RemixOptions
 from remix.pipeline import Remix
+from remix.similarity import report_similarity
 from remix.stages import STAGES, Stage
 
 
@@ -48,19 +49,30 @@ class MadeRemix:
     wall_s: float
 
 
-def report(made: MadeRemix, manifest: Manifest) -> dict[str, Any]:
-    """Everything that can be said of a remix, as JSON has it."""
+def report(made: MadeRemix, manifest: Manifest) -> tuple[dict[str, Any], bytes]:
+    """Everything that can be said of a remix, as JSON has it, and its picture, PNG."""
     remix = made.remix
-    return {
+    evaluation, picture = report_similarity(remix.song, remix.audio)
+    facts = {
         "song": {"duration_s": round(remix.song.duration_s, 3)},
         "voice": made.models.voice.name,
         "options": made.options.model_dump(mode="json"),
         "models": [_model(manifest[name]) for name in made.models.names()],
         "music": _music(remix),
         "mix": _rounded(asdict(remix.mix)),
+        "evaluation": evaluation,
         "times": _times(made),
-        "warnings": list(remix.band.warnings),
+        "warnings": [*_weights_warnings(made, manifest), *remix.band.warnings],
     }
+    return facts, picture
+
+
+def _weights_warnings(made: MadeRemix, manifest: Manifest) -> list[str]:
+    return [
+        f"{name} has random weights: what it makes is noise, good for measurements only."
+        for name in made.models.names()
+        if manifest[name].weights == "random"
+    ]
 
 
 def _model(entry: ModelEntry) -> dict[str, Any]:

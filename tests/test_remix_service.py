@@ -122,8 +122,9 @@ def test_report_says_what_made_the_remix(parts: dict[str, bytes]) -> None:
         assert spent["compute_s"] > 0
         assert spent["windows"] > 0
     evaluation = report["evaluation"]
-    assert evaluation["max_correlation"] > 0
-    assert 0 <= evaluation["max_correlation_normalised"] <= 1
+    assert evaluation["max_abs_correlation"] > 0
+    assert 0 <= evaluation["normalised_correlation"] <= 1
+    assert "lag_s" in evaluation
     assert parts["report.png"].startswith(b"\x89PNG")
 
 
