@@ -2,13 +2,16 @@
 
 One graph serves the first pass over a history (S tokens) and every later step (1 token):
 
-    tokens [B, S], positions [B, S], last [B],
-    past_key and past_value [layers, B, P, D], past_length [B]
-        -> logits [B, V] after token `last`, key and value [layers, B, S, D] of the new tokens
+    tokens [B, S], positions [B, S], last [B], past_length [B],
+    past_key_i [B, D, P], past_value_i [B, P, D] of each layer
+        -> logits [B, V] after token `last`, key_i [B, D, S], value_i [B, S, D] of the new tokens
 
 The cache belongs to the caller, who writes the new keys and values behind the old ones; rows may
 hold different lengths, what lies behind `past_length` is never looked at, and new tokens that pad
-a row come last, so that no real token sees them.
+a row come last, so that no real token sees them. Keys lie transposed, as the product wants them.
+
+The graph is written node by node: at one token a step most nodes cost what it costs to start them,
+and an exporter writes 445 of them where these 160 do (0.54 ms a step, 0.3 ms without).
 
     python -m export.generate_notes --checkpoint .cache/training/generate_notes/checkpoint.pt \\
         --out starter/generate_notes.onnx
@@ -18,92 +21,201 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
-from torch import Tensor, nn
+from onnx import TensorProto, helper, numpy_helper
 
-from export.band_transformer import BandTransformer, ModelSize, rotary
+from export.band_transformer import BandTransformer, Block, ModelSize
 from remix.note_tokens import VOCABULARY_HASH
 
 OPSET = 17
+IR_VERSION = 8
+MASKED = -1e9
 LARGEST_ERROR = 1e-3
 """Of a logit, between torch and ONNX Runtime; logits span about 20."""
 
 
-class CachedBandTransformer(nn.Module):
+class GraphWriter:
+    """Collects nodes and weights; values are named by what makes them."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+
+    def constant(self, array: Any, dtype: type = np.int64) -> str:
+        """A small constant, stored as it is."""
+        name = f"constant_{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.asarray(array, dtype), name))
+        return name
+
+    def weight(self, tensor: torch.Tensor, name: str) -> str:
+        """A weight, stored in fp16 with a Cast that the runtime folds when it loads the graph."""
+        stored = tensor.detach().numpy().astype(np.float16)
+        self.weights.append(numpy_helper.from_array(stored, f"{name}.fp16"))
+        return self.node("Cast", f"{name}.fp16", to=TensorProto.FLOAT, output=name)
+
+    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """A node with one output; returns the output's name."""
+        return self.split(kind, *inputs, outputs=[output] if output else 1, **attributes)[0]
+
+    def split(
+        self, kind: str, *inputs: str, outputs: int | list[str], **attributes: Any
+    ) -> list[str]:
+        """A node with several outputs."""
+        if isinstance(outputs, int):
+            outputs = [f"{kind.lower()}_{len(self.nodes)}_{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), outputs, **attributes))
+        return outputs
+
+
+class TransformerGraph(GraphWriter):
     """The transformer as one step over a cache that the caller keeps."""
 
     def __init__(self, model: BandTransformer) -> None:
+        """Write the graph of a model."""
         super().__init__()
-        self.model = model
+        self.size = model.size
+        self.epsilon = self.constant(1e-6, np.float32)
+        self.two = self.constant(2.0, np.float32)
+        self.rows = self.constant([0, -1, self.size.head_channels])  # [B, S * heads, D]
+        self.heads = self.constant([0, 0, self.size.heads + 1, self.size.head_channels])
+        self.merged = self.constant([0, -1, self.size.channels])
+        self._angles()
+        self._masks()
+        embedding = self.weight(model.embedding.weight, "embedding")
+        x = self.node("Gather", embedding, "tokens", axis=0)
+        for index, block in enumerate(model.layers()):
+            x = self._block(x, block, index)
+        # [B, S, C] at token `last` of each row, as [B, C].
+        last = self.node("Unsqueeze", "last", self.constant([1]))
+        x = self.node("GatherND", x, last, batch_dims=1)
+        x = self._rms_norm(x, model.norm.weight, "norm")
+        output = self.node("Transpose", embedding, perm=[1, 0])
+        self.node("MatMul", x, output, output="logits")
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        last: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        past_length: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the module's head."""
-        size = self.model.size
-        batch, steps, past = tokens.shape[0], tokens.shape[1], past_key.shape[2]
-        cos, sin = rotary(positions, size.head_channels)
-        # [B, 1, S, P + S]: the filled part of the cache, and the new tokens up to one's own.
-        filled = torch.arange(past).unsqueeze(0) < past_length.unsqueeze(1)
-        row = torch.arange(steps)
-        causal = row.unsqueeze(0) <= row.unsqueeze(1)
-        mask = torch.cat(
-            (
-                filled.view(batch, 1, 1, past).expand(batch, 1, steps, past),
-                causal.view(1, 1, steps, steps).expand(batch, 1, steps, steps),
+    def _angles(self) -> None:
+        """Cosine and sine, [B, S, 1, D]: both halves of a head turn by the same angles."""
+        half = np.arange(0, self.size.head_channels, 2) / self.size.head_channels
+        frequency = self.constant(np.tile(10_000.0**-half, 2), np.float32)
+        position = self.node("Cast", "positions", to=TensorProto.FLOAT)
+        position = self.node("Unsqueeze", position, self.constant([2, 3]))
+        angle = self.node("Mul", position, frequency)
+        self.cos, self.sin = self.node("Cos", angle), self.node("Sin", angle)
+
+    def _masks(self) -> None:
+        """What is added to the scores against the cache [B, 1, P] and the new tokens [1, H S, S].
+
+        Rows of a score are (token, head), token first.
+        """
+        zero, one = self.constant(0), self.constant(1)
+        seen, unseen = self.constant(0.0, np.float32), self.constant(MASKED, np.float32)
+        past = self.node("Shape", "past_key_0", start=2, end=3)
+        steps = self.node("Shape", "tokens", start=1, end=2)
+        self.sizes = self.node("Concat", past, steps, axis=0)
+        past_count, step_count = self.node("Squeeze", past), self.node("Squeeze", steps)
+        slot = self.node("Range", zero, past_count, one)
+        length = self.node("Unsqueeze", "past_length", self.constant([1, 2]))
+        self.past_bias = self.node("Where", self.node("Less", slot, length), seen, unseen)
+        heads = self.constant(self.size.heads)
+        row = self.node("Range", zero, self.node("Mul", step_count, heads), one)
+        row = self.node("Unsqueeze", self.node("Div", row, heads), self.constant([0, 2]))
+        column = self.node("Range", zero, step_count, one)
+        self.new_bias = self.node("Where", self.node("LessOrEqual", column, row), seen, unseen)
+
+    def _rms_norm(self, x: str, weight: torch.Tensor, name: str) -> str:
+        """In the form that ONNX Runtime fuses into one node."""
+        mean = self.node("ReduceMean", self.node("Pow", x, self.two), axes=[-1], keepdims=1)
+        root = self.node("Sqrt", self.node("Add", mean, self.epsilon))
+        return self.node("Mul", self.node("Div", x, root), self.weight(weight, name))
+
+    def _block(self, x: str, block: Block, index: int) -> str:
+        """Attention and feed-forward of one layer."""
+        size = self.size
+
+        def weight(name: str, matrix: torch.Tensor) -> str:
+            return self.weight(matrix.T, f"blocks.{index}.{name}")
+
+        def cut(value: str, sizes: list[int], axis: int) -> list[str]:
+            return self.split("Split", value, self.constant(sizes), outputs=len(sizes), axis=axis)
+
+        norm = self._rms_norm(x, block.attention_norm.weight, f"blocks.{index}.attention_norm")
+        # The scale of the scores is a power of two: exact in fp16.
+        query = block.query.weight * size.head_channels**-0.5
+        projection = weight("qkv", torch.cat((query, block.key_value.weight)))
+        projected = self.node("MatMul", norm, projection)
+        turned, value = cut(projected, [size.channels + size.head_channels, size.head_channels], 2)
+        turned = self.node("Reshape", turned, self.heads)
+        first, second = cut(turned, [size.head_channels // 2] * 2, 3)
+        turned = self.node(
+            "Add",
+            self.node("Mul", turned, self.cos),
+            self.node(
+                "Mul",
+                self.node("Concat", self.node("Neg", second), first, axis=-1),
+                self.sin,
             ),
-            dim=-1,
         )
-        bias = torch.where(mask, 0.0, -1e9)
-        x = self.model.embedding(tokens)
-        keys, values = [], []
-        for layer, block in enumerate(self.model.layers()):
-            query, key, value = block.project(x, cos, sin)
-            keys.append(key.squeeze(1))
-            values.append(value.squeeze(1))
-            query = query * size.head_channels**-0.5
-            scores = torch.cat(
-                (
-                    query @ past_key[layer].unsqueeze(1).transpose(2, 3),
-                    query @ key.transpose(2, 3),
-                ),
-                dim=-1,
-            )
-            weights = torch.softmax(scores + bias, dim=-1)
-            attended = weights[..., :past] @ past_value[layer].unsqueeze(1)
-            x = block.finish(x, attended + weights[..., past:] @ value)
-        x = x[torch.arange(batch), last]
-        return self.model.logits(x), torch.stack(keys), torch.stack(values)
+        query_rows, key = cut(turned, [size.heads, 1], 2)
+        query_rows = self.node("Reshape", query_rows, self.rows)
+        key = self.node("Reshape", key, self.rows)
+        key = self.node("Transpose", key, perm=[0, 2, 1], output=f"key_{index}")
+        value = self.node("Identity", value, output=f"value_{index}")
+        past_scores = self.node("MatMul", query_rows, f"past_key_{index}")
+        new_scores = self.node("MatMul", query_rows, key)
+        scores = self.node(
+            "Concat",
+            self.node("Add", past_scores, self.past_bias),
+            self.node("Add", new_scores, self.new_bias),
+            axis=-1,
+        )
+        weights = self.node("Softmax", scores, axis=-1)
+        past, new = self.split("Split", weights, self.sizes, outputs=2, axis=2)
+        attended = self.node(
+            "Add",
+            self.node("MatMul", past, f"past_value_{index}"),
+            self.node("MatMul", new, value),
+        )
+        attended = self.node("Reshape", attended, self.merged)
+        attended = self.node("MatMul", attended, weight("output", block.output.weight))
+        x = self.node("Add", x, attended)
+        norm = self._rms_norm(x, block.feed_norm.weight, f"blocks.{index}.feed_norm")
+        hidden = self.node("MatMul", norm, weight("gate_up", block.gate_up.weight))
+        gate, up = cut(hidden, [size.hidden_channels] * 2, 2)
+        gate = self.node("Mul", gate, self.node("Sigmoid", gate))
+        hidden = self.node("Mul", gate, up)
+        return self.node("Add", x, self.node("MatMul", hidden, weight("down", block.down.weight)))
 
-
-INPUTS = ("tokens", "positions", "last", "past_key", "past_value", "past_length")
-OUTPUTS = ("logits", "key", "value")
-AXES = {
-    "tokens": {0: "B", 1: "S"},
-    "positions": {0: "B", 1: "S"},
-    "last": {0: "B"},
-    "past_key": {1: "B", 2: "P"},
-    "past_value": {1: "B", 2: "P"},
-    "past_length": {0: "B"},
-    "logits": {0: "B"},
-    "key": {1: "B", 2: "S"},
-    "value": {1: "B", 2: "S"},
-}
+    def model(self, facts: Mapping[str, str]) -> onnx.ModelProto:
+        """The checked graph, with its facts in `metadata_props`."""
+        whole, real = TensorProto.INT64, TensorProto.FLOAT
+        layers, channels = range(self.size.layers), self.size.head_channels
+        tensor = helper.make_tensor_value_info
+        inputs = [tensor(name, whole, ["B", "S"]) for name in ("tokens", "positions")]
+        inputs += [tensor(name, whole, ["B"]) for name in ("last", "past_length")]
+        outputs = [tensor("logits", real, ["B", self.size.vocabulary_size])]
+        for index in layers:
+            inputs.append(tensor(f"past_key_{index}", real, ["B", channels, "P"]))
+            inputs.append(tensor(f"past_value_{index}", real, ["B", "P", channels]))
+            outputs.append(tensor(f"key_{index}", real, ["B", channels, "S"]))
+            outputs.append(tensor(f"value_{index}", real, ["B", "S", channels]))
+        graph = helper.make_graph(self.nodes, "band_transformer", inputs, outputs, self.weights)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="deep-philharmonics",
+        )
+        helper.set_model_props(model, dict(facts))
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
 
 def load_model(checkpoint: Path) -> tuple[BandTransformer, dict[str, float]]:
@@ -124,75 +236,20 @@ def load_model(checkpoint: Path) -> tuple[BandTransformer, dict[str, float]]:
     return model.eval(), {**state["log"][-1], "step": state["step"]}
 
 
-def store_as_fp16(graph: onnx.ModelProto) -> None:
-    """Stores the large float weights as fp16, each with a Cast that the runtime folds at load."""
-    kept, casts = [], []
-    for tensor in graph.graph.initializer:
-        array = numpy_helper.to_array(tensor)
-        if array.dtype == np.float32 and array.size >= 64:
-            stored = numpy_helper.from_array(array.astype(np.float16), f"{tensor.name}.fp16")
-            casts.append(
-                onnx.helper.make_node(
-                    "Cast", [stored.name], [tensor.name], to=onnx.TensorProto.FLOAT
-                )
-            )
-            kept.append(stored)
-        else:
-            kept.append(tensor)
-    nodes = [*casts, *graph.graph.node]
-    del graph.graph.initializer[:], graph.graph.node[:]
-    graph.graph.initializer.extend(kept)
-    graph.graph.node.extend(nodes)
-
-
 def export(model: BandTransformer, facts: Mapping[str, str], path: Path) -> None:
-    """Writes the graph with its facts in `metadata_props`."""
-    example = random_step(model.size, batch=2, steps=3, past=8, seed=0)
-    tensors = tuple(torch.from_numpy(example[name]) for name in INPUTS)
-    with warnings.catch_warnings():
-        # The TorchScript exporter warns of its age and of shapes that it traces as constants;
-        # `check_parity` runs other shapes than the traced ones.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            CachedBandTransformer(model),
-            tensors,
-            path,
-            input_names=INPUTS,
-            output_names=OUTPUTS,
-            dynamic_axes=AXES,
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    graph = onnx.load(path)
-    cache: list[str | int | None] = [model.size.layers, "B", "S", model.size.head_channels]
-    for output, shape in zip(
-        graph.graph.output, (["B", model.size.vocabulary_size], cache, cache), strict=True
-    ):
-        output.CopyFrom(
-            onnx.helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, shape)
-        )
-    store_as_fp16(graph)
-    onnx.helper.set_model_props(graph, dict(facts))
-    graph.producer_name = "deep-philharmonics"
-    onnx.checker.check_model(graph, full_check=True)
+    """Writes the graph; the same model and facts give the same bytes."""
+    shape = {name: str(value) for name, value in model.size.as_dict().items()}
+    graph = TransformerGraph(model).model({**shape, "vocabulary": VOCABULARY_HASH, **facts})
     path.write_bytes(graph.SerializeToString(deterministic=True))
 
 
-def random_step(
-    size: ModelSize, *, batch: int, steps: int, past: int, seed: int
-) -> dict[str, NDArray[np.generic]]:
-    """Inputs of one call with random tokens behind a random cache."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(0, past + 1, batch)
-    cache = (size.layers, batch, past, size.head_channels)
-    return {
-        "tokens": rng.integers(0, size.vocabulary_size, (batch, steps)),
-        "positions": lengths[:, None] + np.arange(steps),
-        "last": rng.integers(0, steps, batch),
-        "past_key": rng.standard_normal(cache, np.float32),
-        "past_value": rng.standard_normal(cache, np.float32),
-        "past_length": lengths,
-    }
+def empty_cache(size: ModelSize, rows: int, tokens: int) -> dict[str, NDArray[np.float32]]:
+    """Room for `tokens` tokens of each row."""
+    cache = {}
+    for index in range(size.layers):
+        cache[f"past_key_{index}"] = np.zeros((rows, size.head_channels, tokens), np.float32)
+        cache[f"past_value_{index}"] = np.zeros((rows, tokens, size.head_channels), np.float32)
+    return cache
 
 
 @torch.no_grad()
@@ -203,39 +260,31 @@ def largest_difference(model: BandTransformer, path: Path, tokens: int = 96) -> 
     padded), then single steps, the cache kept as a caller keeps it.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    size = model.size
-    rng = np.random.default_rng(1)
-    sequences = rng.integers(0, size.vocabulary_size, (2, tokens))
+    names = [output.name for output in session.get_outputs()]
+    sequences = np.random.default_rng(1).integers(0, model.size.vocabulary_size, (2, tokens))
     expected = model(torch.from_numpy(sequences)).numpy()
-    lengths = np.array([tokens // 2, tokens // 3])
-    cache = [np.zeros((size.layers, 2, tokens, size.head_channels), np.float32) for _ in range(2)]
-    steps = int(lengths.max())
-    feed = {
-        "tokens": np.where(np.arange(steps) < lengths[:, None], sequences[:, :steps], 0),
-        "positions": np.tile(np.arange(steps), (2, 1)),
-        "last": lengths - 1,
-        "past_length": np.zeros(2, np.int64),
-    }
-    worst, done = 0.0, np.zeros(2, np.int64)
-    while True:
-        logits, *new = session.run(
-            list(OUTPUTS), {**feed, "past_key": cache[0], "past_value": cache[1]}
-        )
-        for store, fresh in zip(cache, new, strict=True):
-            for row in range(2):
-                store[:, row, done[row] : lengths[row]] = fresh[:, row, : lengths[row] - done[row]]
-        rows = np.arange(2)
-        worst = max(worst, float(np.abs(logits - expected[rows, lengths - 1]).max()))
-        if lengths.max() == tokens:
-            return worst
-        done = lengths.copy()
+    cache = empty_cache(model.size, 2, tokens)
+    rows, begin, end = np.arange(2), np.zeros(2, np.int64), np.array([tokens // 2, tokens // 3])
+    worst = 0.0
+    while end.max() <= tokens:
+        steps = np.arange((end - begin).max())
+        places = np.minimum(begin[:, None] + steps, tokens - 1)
         feed = {
-            "tokens": sequences[rows, lengths][:, None],
-            "positions": lengths[:, None],
-            "last": np.zeros(2, np.int64),
-            "past_length": done,
+            "tokens": sequences[rows[:, None], places],
+            "positions": begin[:, None] + steps,
+            "last": end - begin - 1,
+            "past_length": begin,
         }
-        lengths = lengths + 1
+        outputs = dict(zip(names, session.run(names, {**feed, **cache}), strict=True))
+        for row in rows:
+            new, count = slice(begin[row], end[row]), end[row] - begin[row]
+            for index in range(model.size.layers):
+                key, value = outputs[f"key_{index}"], outputs[f"value_{index}"]
+                cache[f"past_key_{index}"][row, :, new] = key[row, :, :count]
+                cache[f"past_value_{index}"][row, new] = value[row, :count]
+        worst = max(worst, float(np.abs(outputs["logits"] - expected[rows, end - 1]).max()))
+        begin, end = end, end + 1
+    return worst
 
 
 def main() -> None:
@@ -249,10 +298,8 @@ def main() -> None:
     facts = {
         "model": arguments.model,
         "stage": "generate_notes",
-        "vocabulary": VOCABULARY_HASH,
-        **{name: str(value) for name, value in model.size.as_dict().items()},
         "training": json.dumps(trained),
-        "training_command": "python -m training.generate_notes",
+        "training_command": "python -m training.generate_notes --minutes 84 --threads 1",
         "data": "songs by Debian mma 21.09 from random chord charts (training/band_songs.py)",
         "licence": "Apache-2.0",
     }

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remix.chords import estimate_chords, key_chord, pitch_class_profiles
+from remix.midi import without_overlaps
 from remix.note_tokens import (
     BAR_TOKENS,
     CHORD_QUALITIES,
@@ -206,23 +207,6 @@ async def join_chunks(chunks: AsyncIterator[NotesChunk]) -> Tracks:
         for role, notes in chunk.tracks.items():
             joined.setdefault(role, []).extend(notes)
     return {role: without_overlaps(joined[role]) for role in ROLES if role in joined}
-
-
-def without_overlaps(notes: Sequence[Note]) -> list[Note]:
-    """Notes of one track, sorted; none sounds when its own pitch begins anew.
-
-    >>> without_overlaps([Note(0.0, 2.0, 60, 80), Note(1.0, 1.0, 60, 80)])[0].duration_s
-    1.0
-    """
-    next_onset_s: dict[int, float] = {}
-    trimmed = []
-    for note in sorted(notes, reverse=True):
-        limit_s = next_onset_s.get(note.pitch, np.inf)
-        if note.onset_s < limit_s:
-            duration_s = min(note.duration_s, limit_s - note.onset_s)
-            trimmed.append(Note(note.onset_s, duration_s, note.pitch, note.velocity))
-            next_onset_s[note.pitch] = note.onset_s
-    return trimmed[::-1]
 
 
 def _window(

@@ -5,7 +5,7 @@ drums, bass, chords and arpeggios. Since the chart is ours, the chords of every 
 exactly: they are what the generator is conditioned on. Nothing of MMA is shipped; what is kept of
 its output is quantised notes.
 
-    python -m training.band_songs --mma /usr/share/mma --songs 500 --seed 0 --out .cache/training/songs
+    python -m training.band_songs --mma /usr/share/mma --songs 3000
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """band songs -> generator: trains the transformer that writes bars under given chords.
 
-One command, resumable, on CPU or CUDA; songs are made first where `--data` holds none:
+One command, resumable, on CPU or CUDA, over the songs of `training/band_songs.py`:
 
-    python -m training.generate_notes --data .cache/training/songs --out .cache/training/generate_notes \\
-        --minutes 70 --threads 1
+    python -m training.generate_notes --minutes 84 --threads 1
 
 The same command continues an interrupted run from its last checkpoint. Every batch is drawn from
 (seed, step), so a resumed run sees what the uninterrupted one would have seen.
@@ -88,21 +87,36 @@ class Augmentation:
         tracks: bit mask of the tracks that are kept.
         style_known: whether the header names the style.
         density_known: whether bars name their density.
+        swing: whether straight quavers are swung, and swung ones made straight.
+        louder: velocity levels up or down.
+        drummer: another song of the same meter, whose drums are heard instead.
     """
 
     transpose: int = 0
     tracks: int = 2 ** len(ROLES) - 1
     style_known: bool = True
     density_known: bool = True
+    swing: bool = False
+    louder: int = 0
+    drummer: Song | None = None
 
 
-def draw_augmentation(rng: np.random.Generator) -> Augmentation:
-    """Any key; in two of five passes some tracks missing; style and density given or not."""
+def draw_augmentation(song: Song, songs: Sequence[Song], rng: np.random.Generator) -> Augmentation:
+    """Any key; often without some tracks; now and then another feel, or another drummer."""
     tracks = 2 ** len(ROLES) - 1
     if rng.random() < 0.4:
         tracks = int(rng.integers(1, 2 ** len(ROLES)))
+    drummer = songs[int(rng.integers(len(songs)))]
+    swapped = rng.random() < 0.2 and drummer.header[0] == song.header[0]
+    swing = bool(rng.random() < 0.2)
     return Augmentation(
-        int(rng.integers(-6, 6)), tracks, bool(rng.random() < 0.75), bool(rng.random() < 0.75)
+        transpose=int(rng.integers(-6, 6)),
+        tracks=tracks,
+        style_known=bool(rng.random() < 0.75) and not swing,
+        density_known=bool(rng.random() < 0.75),
+        swing=swing,
+        louder=int(rng.integers(-1, 2)),
+        drummer=drummer if swapped else None,
     )
 
 
@@ -120,35 +134,60 @@ def _transposed_chord(chord: int, semitones: int) -> int:
 def song_bar(song: Song, index: int, augmentation: Augmentation) -> Bar:
     """Bar `index` of a song, on the token grid."""
     beats = song.header[0]
-    steps = beats * STEPS_PER_BEAT
-    begin, end = np.searchsorted(_bar_of(song), (index, index + 1))
-    rows = song.notes[_bar_order(song)[begin:end]].tolist()
     notes: dict[tuple[int, int, int], int] = {}
     loudness: dict[int, list[int]] = {}
-    for track, onset, duration, pitch, velocity in rows:
+    feel = _swing_table(song) if augmentation.swing else None
+    for track, onset, duration, pitch, velocity in _bar_rows(song, index, augmentation.drummer):
         if not augmentation.tracks >> track & 1:
             continue
         if track != DRUMS:
             pitch += augmentation.transpose
             pitch += 12 * ((pitch < LOWEST[track]) - (pitch > HIGHEST[track]))
         length = 1 if track == DRUMS else nearest_duration(duration)
-        key = (track, onset - index * steps, pitch)
+        step = onset if feel is None else onset - onset % 12 + feel[onset % 12]
+        key = (track, step, pitch)
         notes[key] = max(notes.get(key, 0), length)
         loudness.setdefault(track, []).append(velocity)
     grid = tuple(sorted(GridNote(t, o, length, p) for (t, o, p), length in notes.items()))
     onsets = len({(note.track, note.onset_steps) for note in grid})
-    level = density_level(onsets, len(loudness), beats) if augmentation.density_known else 0
+    density = density_level(onsets, len(loudness), beats) if augmentation.density_known else 0
     first, second = song.chords[index].tolist()
     chords = (
         _transposed_chord(first, augmentation.transpose),
         _transposed_chord(second, augmentation.transpose),
     )
-    conditions = BarConditions(chords, level, sum(1 << track for track in loudness))
-    levels = {
-        track: min(round(sum(values) / len(values)) * VELOCITY_LEVELS // 128, VELOCITY_LEVELS - 1)
-        for track, values in loudness.items()
-    }
+    conditions = BarConditions(chords, density, sum(1 << track for track in loudness))
+    levels = {}
+    for track, values in loudness.items():
+        level = round(sum(values) / len(values)) * VELOCITY_LEVELS // 128 + augmentation.louder
+        levels[track] = min(max(level, 0), VELOCITY_LEVELS - 1)
     return Bar(conditions, levels, grid)
+
+
+def _bar_rows(song: Song, index: int, drummer: Song | None) -> list[list[int]]:
+    """Notes of a bar, (track, onset in the bar, duration, pitch, velocity)."""
+    steps = song.header[0] * STEPS_PER_BEAT
+    rows = []
+    for source in (song, drummer or song):
+        bars, order = _indexed(source)
+        begin, end = np.searchsorted(bars, (index, index + 1))
+        for track, onset, duration, pitch, velocity in source.notes[order[begin:end]].tolist():
+            is_wanted = drummer is None or (track == DRUMS) == (source is drummer)
+            if is_wanted:
+                rows.append([track, onset - index * steps, duration, pitch, velocity])
+        if drummer is None:
+            break
+    return rows
+
+
+_SWUNG = [round(r * 4 / 3) if r < 6 else 8 + (r - 6) * 2 // 3 for r in range(STEPS_PER_BEAT)]
+_STRAIGHT = [round(r * 3 / 4) if r < 8 else 6 + (r - 8) * 3 // 2 for r in range(STEPS_PER_BEAT)]
+
+
+def _swing_table(song: Song) -> list[int]:
+    """Where each twelfth of a beat goes: straight quavers to swung ones, or back."""
+    places = np.bincount(song.notes[:, 1] % STEPS_PER_BEAT, minlength=STEPS_PER_BEAT)
+    return _SWUNG if places[6] >= places[8] else _STRAIGHT
 
 
 _NEAREST = [nearest_duration_steps(steps) for steps in range(1025)]
@@ -169,14 +208,6 @@ def _indexed(song: Song) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     return found
 
 
-def _bar_of(song: Song) -> npt.NDArray[np.int64]:
-    return _indexed(song)[0]
-
-
-def _bar_order(song: Song) -> npt.NDArray[np.int64]:
-    return _indexed(song)[1]
-
-
 def song_tokens(
     song: Song, first_bar: int, count: int, augmentation: Augmentation
 ) -> tuple[list[int], list[bool]]:
@@ -193,16 +224,24 @@ def song_tokens(
 
 
 def sequences(
-    songs: Sequence[Song], count: int, context: int, rng: np.random.Generator
+    songs: Sequence[Song],
+    count: int,
+    context: int,
+    rng: np.random.Generator,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, [count, context] each; given tokens and padding are not targets."""
+    """Inputs and targets, [count, context] each; given tokens and padding are not targets.
+
+    `plain` songs are taken as they were made.
+    """
     inputs = np.zeros((count, context), np.int64)
     targets = np.full((count, context), IGNORE, np.int64)
     row = 0
     while row < count:
         song = songs[int(rng.integers(len(songs)))]
         first_bar = int(rng.integers(max(len(song.chords) - 8, 1)))
-        tokens, given = song_tokens(song, first_bar, context + 1, draw_augmentation(rng))
+        augmentation = Augmentation() if plain else draw_augmentation(song, songs, rng)
+        tokens, given = song_tokens(song, first_bar, context + 1, augmentation)
         if len(tokens) < context // 4:
             continue
         length = len(tokens) - 1
@@ -316,7 +355,7 @@ class Trainer:
         for index in range(batches):
             rng = np.random.default_rng((10**6, index))
             inputs, targets = sequences(
-                self.held_out[:400], 4, self.options.size.context_tokens, rng
+                self.held_out[:50], 4, self.options.size.context_tokens, rng, plain=True
             )
             loss, accuracy = self._loss(inputs, targets)
             results.append((float(loss), accuracy))
