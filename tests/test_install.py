@@ -26,7 +26,7 @@ import pytest
 import tomli_w
 
 from export.fill_weights import empty, fill
-from export.install import MAKERS, recipe_of
+from export.origins import MAKERS, recipe_of
 from remix.manifest import read_manifest
 from remix.stages import STAGES
 from tests.hub_server import Hub, serve_hub

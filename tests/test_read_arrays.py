@@ -127,7 +127,8 @@ def test_read_of_ctranslate2_resolves_aliases() -> None:
     data += weight.tobytes()
     data += text("a/scale") + struct.pack("<B", 0) + struct.pack("<BI", 1, 1) + b"\x05"
     data += struct.pack("<I", 1) + text("b/weight") + text("a/weight")
-    expected: dict[str, NDArray[Any]] = {"a/weight": weight, "b/weight": weight, "a/scale": np.array(5, np.int8)}
+    scale: NDArray[Any] = np.array(5, np.int8)
+    expected = {"a/weight": weight, "b/weight": weight, "a/scale": scale}
     assert_same(read_arrays(data), expected)
 
 
