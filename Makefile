@@ -47,7 +47,9 @@ check: lint test  ## lint, then test
 .PHONY: bench
 bench: export-environment  ## the project's benchmarks; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	.venv-dev/bin/python -m benchmarks
+	for module in $(filter-out __init__,$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+		.venv-dev/bin/python -m benchmarks.$$module; \
+	done
 
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
