@@ -159,6 +159,9 @@ def framework_refusal(
             remedy=f"Use {allowed}.",
             headers=headers,
         )
+    if status == 503:
+        remedy = "Wait until every runner is ready; GET /readyz answers 200 then."
+        return Refusal(503, f"The service is not ready. {remedy}", value=path, remedy=remedy)
     return Refusal(status, detail, headers=headers)
 
 

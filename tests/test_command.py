@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from client.api import Client, Refused, Unreachable
+from export.demo_song import write_demo_song
 from tests.conftest import CRASH_SEED, ROOT, SLOW_SEED, ServerProcess
 from tests.test_http_api import wav
 
@@ -22,15 +23,17 @@ NOBODY = "http://127.0.0.1:9"
 """The discard port: nobody listens."""
 
 
-def run(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+def run(
+    *arguments: str | Path, cwd: Path = ROOT, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **settings}
     environment.pop("PHILHARMONICS_SERVER", None)
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
         check=False,
     )
@@ -177,6 +180,32 @@ def test_lists_are_tables(fake_server: ServerProcess, command: str, columns: lis
     done = run(command, "--server", fake_server.url)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split("\t")[: len(columns)] == columns
+
+
+@pytest.mark.slow
+def test_remix_without_a_server_starts_one_and_stops_it(tmp_path: Path) -> None:
+    with Client() as client:
+        if client.is_ours():
+            pytest.skip(f"A server is running at {client.base_url}.")
+    song = ROOT / ".cache/demo_song.mp3"
+    write_demo_song(song, ROOT / ".cache/sources")
+    marker = f"{tmp_path}/run"
+    done = run("remix", song, "--out", tmp_path / "out", PHILHARMONICS_RUNTIME_DIR=marker)
+    assert done.returncode == 0, done.stderr
+    assert "starting one" in done.stderr
+    assert (tmp_path / "out/remix.wav").stat().st_size > 0
+    assert not [pid for pid in all_pids() if marker in environment_of(pid)]
+
+
+def all_pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
+def environment_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def test_client_reports_progress_and_typed_errors(
