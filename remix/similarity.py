@@ -162,7 +162,7 @@ def _mono(audio: Audio) -> NDArray[np.float32]:
     if audio.samples.shape[1] == 0:
         raise InvalidAudio("One of the sounds to compare has 0 samples; at least 1 is needed.")
     mono: Samples = resample(to_mono(audio.samples), audio.sample_rate_hz, SAMPLE_RATE_HZ)
-    return mono[0]
+    return np.asarray(mono[0])
 
 
 def _thinned(
