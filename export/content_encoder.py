@@ -36,13 +36,14 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, N, 384] -> [B, N, 384]."""
-        heads = self.query_key_value(self.attention_norm(x)).unflatten(2, (3, N_HEADS, -1))
+        heads = self.query_key_value(self.attention_norm(x))
+        heads = heads.reshape(*x.shape[:2], 3, N_HEADS, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, 64]
         scores = (query @ key.transpose(2, 3)) * (WIDTH // N_HEADS) ** -0.5
         mixed = (scores.softmax(dim=3) @ value).transpose(1, 2).flatten(2)
         x = x + self.attention_out(mixed)
-        hidden: Tensor = F.gelu(self.mlp_in(self.mlp_norm(x)))
-        return x + self.mlp_out(hidden)
+        added: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        return x + added
 
 
 class WhisperEncoder(nn.Module):

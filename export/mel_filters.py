@@ -14,6 +14,8 @@ def power_spectrum(samples: Tensor, n_fft: int, hop_samples: int) -> Tensor:
 
     Args:
         samples: [B, T].
+        n_fft: of a frame, samples.
+        hop_samples: from frame to frame.
 
     Returns:
         [B, n_fft / 2 + 1, (T - n_fft) / hop_samples + 1].

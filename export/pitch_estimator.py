@@ -24,7 +24,7 @@ class PitchEstimator(nn.Module):
     Source: torchfcpe 0.0.4, `MelModule` and `CFNaiveMelPE.latent2cents_local_decoder`.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -40,7 +40,7 @@ class PitchEstimator(nn.Module):
         """samples: [B, T] float32 in [-1, 1] at 16 kHz, T a multiple of 160.
 
         Returns:
-            F0 in Hz, [B, T / 160], also where the sound is unvoiced; confidence in 0..1, same shape.
+            F0 in Hz, [B, T / 160], also where nothing is voiced; confidence, the same shape.
         """
         posterior = self.network(self.log_mel(samples))  # [B, N, 360]
         confidence, peak = posterior.max(dim=2, keepdim=True)
@@ -61,7 +61,9 @@ def _network() -> Any:
 
     import torchfcpe.models_infer as fcpe
 
-    with importlib.resources.files("torchfcpe").joinpath("assets/fcpe_c_v001.pt").open("rb") as file:
+    with (
+        importlib.resources.files("torchfcpe").joinpath("assets/fcpe_c_v001.pt").open("rb") as file
+    ):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     checkpoint["config_dict"]["model"] |= {"conv_dropout": 0.0, "atten_dropout": 0.0}
     network = fcpe.spawn_model(fcpe.DotDict(checkpoint["config_dict"]))

@@ -110,7 +110,8 @@ class ServedVoice(nn.Module):
         attentions = fork_module("modules.attentions")
         for module in net.enc_p.modules():
             if isinstance(module, attentions.MultiHeadAttention):
-                module.attention = RelativeAttention(module)
+                # not as a submodule: those are looked up after the class's own methods
+                object.__setattr__(module, "attention", RelativeAttention(module))
         rates = net.upsample_rates if self.has_excitation else [
             *net.upsample_rates, net.gen_istft_hop_size, net.subbands
         ]  # fmt: skip
@@ -132,7 +133,7 @@ class ServedVoice(nn.Module):
             content: [B, N, F].
             f0_hz: [B, N]; what it is where the voice is unvoiced is up to the model's training.
             voiced: [B, N], 0 or 1.
-            speaker: [B], int64.
+            speaker: [B, 1], int64.
             noise: [B, N, inter_channels], Gaussian, of the deviation that is wanted (the
                 original: 0.35 or 0.4).
             phase: [B, N, harmonics], cycles: the phase of each harmonic where a frame begins.
@@ -142,7 +143,7 @@ class ServedVoice(nn.Module):
             [B, N * frame_samples].
         """
         net = self.net
-        voice = net.emb_g(speaker[:, None]).transpose(1, 2)
+        voice = net.emb_g(speaker).transpose(1, 2)
         mask = torch.ones_like(f0_hz)[:, None]
         x = net.pre(content.transpose(1, 2)) + net.emb_uv(voiced.long()).transpose(1, 2)
         x = x + net.enc_p.f0_emb(f0_to_coarse(f0_hz)).transpose(1, 2)
@@ -167,9 +168,11 @@ class ServedVoice(nn.Module):
         wave = torch.sin(cycles * (2.0 * math.pi)) * (sines.sine_amp * is_voiced)[..., None]
         weight = source.l_linear.weight
         loudness = is_voiced * sines.noise_std + (1.0 - is_voiced) * (sines.sine_amp / 3.0)
-        noise = source_noise.unflatten(1, (-1, self.frame_samples)) * loudness * weight.norm()
+        noise = source_noise.reshape(-1, f0_hz.shape[1], self.frame_samples)
+        noise = noise * loudness * weight.norm()
         merged = (wave * weight[0]).sum(3) + source.l_linear.bias + noise
-        return merged.tanh().flatten(1)[:, None]
+        excitation: Tensor = merged.tanh().flatten(1)[:, None]
+        return excitation
 
 
 class RelativeAttention(nn.Module):
@@ -182,6 +185,7 @@ class RelativeAttention(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.n_heads, self.reach = original.n_heads, original.window_size
+        self.scale = float(original.k_channels) ** -0.5
         self.keys, self.values = original.emb_rel_k, original.emb_rel_v  # [1, 2 reach + 1, D]
 
     def forward(
@@ -189,9 +193,10 @@ class RelativeAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """query, key, value: [B, C, N] -> [B, C, N]; all positions count."""
         query, key, value = (
-            x.unflatten(1, (self.n_heads, -1)).transpose(2, 3) for x in (query, key, value)
+            x.reshape(x.shape[0], self.n_heads, -1, x.shape[2]).transpose(2, 3)
+            for x in (query, key, value)
         )
-        query = query * query.shape[3] ** -0.5
+        query = query * self.scale
         position = torch.arange(query.shape[2])
         distance = position[None, :] - position[:, None] + self.reach  # [N, N]
         is_near = (distance >= 0) & (distance <= 2 * self.reach)
@@ -233,11 +238,12 @@ def multistream_istft(decoder: Any, latent: Tensor) -> Tensor:
         x = _resblocks(decoder, index, up(F.leaky_relu(x, 0.1)))
     x = decoder.subband_conv_post(decoder.reflection_pad(F.leaky_relu(x)))
     n_fft, hop, streams = decoder.post_n_fft, decoder.gen_istft_hop_size, decoder.subbands
-    bins = x.unflatten(1, (streams, -1)).flatten(0, 1)  # [B * streams, n_fft + 2, N]
+    bins = x.reshape(-1, n_fft + 2, x.shape[2])  # [B * streams, n_fft + 2, N]
     magnitude = bins[:, : n_fft // 2 + 1].exp()
     angle = math.pi * bins[:, n_fft // 2 + 1 :].sin()
     spectrum = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
-    wave = inverse_stft(spectrum, n_fft, hop).unflatten(0, (-1, streams))[:, :, 0]
+    wave = inverse_stft(spectrum, n_fft, hop)
+    wave = wave.reshape(-1, streams, wave.shape[2])
     wave = F.conv_transpose1d(wave, decoder.updown_filter * streams, stride=streams)
     joined: Tensor = decoder.multistream_conv_post(wave)
     return joined
@@ -248,6 +254,8 @@ def inverse_stft(spectrum: Tensor, n_fft: int, hop: int) -> Tensor:
 
     Args:
         spectrum: [B, n_fft + 2, N], real parts, then imaginary parts.
+        n_fft: of a frame, samples.
+        hop: from frame to frame, samples.
 
     Returns:
         [B, 1, hop * (N - 1)].
@@ -260,21 +268,24 @@ def inverse_stft(spectrum: Tensor, n_fft: int, hop: int) -> Tensor:
     hann = 0.5 - 0.5 * (2.0 * math.pi / n_fft * sample.to(torch.float32)).cos()
     basis = torch.cat([angle.cos() * scale, -angle.sin() * scale]) * hann
     summed = F.conv_transpose1d(spectrum, basis[:, None], stride=hop)
-    envelope = F.conv_transpose1d(
-        torch.ones_like(spectrum[:, :1]), (hann**2)[:, None], stride=hop
-    )
+    envelope = F.conv_transpose1d(torch.ones_like(spectrum[:, :1]), (hann**2)[:, None], stride=hop)
     trim = slice(n_fft // 2, -(n_fft // 2))
     return summed[:, :, trim] / envelope[:, :, trim]
 
 
 def _resblocks(decoder: Any, level: int, x: Tensor) -> Tensor:
     first, count = level * decoder.num_kernels, decoder.num_kernels
-    outputs = [block(x) for block in decoder.resblocks[first : first + count]]
-    return torch.stack(outputs).sum(0) / count
+    total = decoder.resblocks[first](x)
+    for block in decoder.resblocks[first + 1 : first + count]:
+        total = total + block(x)
+    mean: Tensor = total / count
+    return mean
 
 
 def fuse_weight_norms(module: nn.Module) -> None:
     """Replaces every weight norm by the weight that it makes."""
     for part in module.modules():
-        for name in [hook.name for hook in part._forward_pre_hooks.values() if hasattr(hook, "name")]:
+        for name in [
+            hook.name for hook in part._forward_pre_hooks.values() if hasattr(hook, "name")
+        ]:
             nn.utils.remove_weight_norm(part, name)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from export.mel_filters import slaney_mel_filters
 from export.so_vits import fork_module
-from remix.convert_voice import FRAME_SAMPLES, SAMPLE_RATE_HZ, expand_content
+from remix.vocal_frames import FRAME_SAMPLES, SAMPLE_RATE_HZ, expand_content
 from training.voice_data import Stream, load_stream, split_recordings
 
 SPECTRUM_FFT = 1024
@@ -173,7 +173,7 @@ class VoiceTrainer(nn.Module):
         return z, mean, log_scale
 
     def losses(self, batch: Batch, start: int, n_prior: int) -> tuple[Tensor, Tensor]:
-        """Mel loss of the decoded slices, KL of the chunks.
+        """Mel loss of the decoded slices, KL of the chunks that are decoded from the posterior.
 
         Args:
             batch: B chunks of N frames.
@@ -186,15 +186,17 @@ class VoiceTrainer(nn.Module):
         voice = self.net.emb_g(batch.speaker).transpose(1, 2)
 
         z_prior, mean, log_scale = self.prior(batch, mask)
-        magnitudes = spectrum(batch.samples, SPECTRUM_FFT, FRAME_SAMPLES)
-        lengths = torch.full((len(mask),), n_frames, device=mask.device)
-        z, _, log_scale_q, _ = self.net.enc_q(magnitudes, lengths, g=voice)
-        kl = self.kl(self.net.flow(z, mask, g=voice), log_scale_q, mean, log_scale, mask)
+        magnitudes = spectrum(batch.samples[n_prior:], SPECTRUM_FFT, FRAME_SAMPLES)
+        rest, rest_voice = mask[n_prior:], voice[n_prior:]
+        lengths = torch.full((len(rest),), n_frames, device=mask.device)
+        z, _, log_scale_q, _ = self.net.enc_q(magnitudes, lengths, g=rest_voice)
+        z_p = self.net.flow(z, rest, g=rest_voice)
+        kl = self.kl(z_p, log_scale_q, mean[n_prior:], log_scale[n_prior:], rest)
 
         from_prior = self.net.flow(
             z_prior[:n_prior], mask[:n_prior], g=voice[:n_prior], reverse=True
         )
-        latent = torch.cat([from_prior, z[n_prior:]])[:, :, span]
+        latent = torch.cat([from_prior, z])[:, :, span]
         excited_hz = (batch.f0_hz * batch.voiced)[:, span]
         decoded = self.net.dec(latent, g=voice, f0=excited_hz)[:, 0].float()
         target = batch.samples[:, start * FRAME_SAMPLES : span.stop * FRAME_SAMPLES]
@@ -239,7 +241,8 @@ def train(
         with torch.autocast(device, torch.bfloat16):
             mel, kl = trainer.losses(batch, start, options.n_prior)
         optimizer.zero_grad()
-        (options.mel_weight * mel + options.kl_weight * kl).backward()
+        loss = options.mel_weight * mel + options.kl_weight * kl
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(used, 100.0)
         optimizer.step()
         step += 1
@@ -254,7 +257,7 @@ def train(
             curves.append({key: round(float(value), 5) for key, value in point.items()})
             print(f"{curves[-1]} {seconds:.2f} s/step", flush=True)
             sums, counted, since = np.zeros(2), 0, time.monotonic()
-        if step % 250 == 0 or step == options.steps:
+        if step % 100 == 0 or step == options.steps:
             state = {
                 "network": trainer.net.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -281,14 +284,14 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
 def held_out_mel(
     trainer: VoiceTrainer, held_out: Sequence[Stream], options: TrainingOptions, device: str
 ) -> float:
-    """Mel loss of recordings never trained on, decoded from the prior, always the same chunks."""
+    """Mel loss of the same chunks every time, of recordings that are never trained on."""
     trainer.eval()
     total = 0.0
     for index in range(4):
         batch = draw_batch(held_out, options, np.random.default_rng(index))
         batch = Batch(**{key: value.to(device) for key, value in vars(batch).items()})
         torch.manual_seed(index)
-        mel, _ = trainer.losses(batch, 32, options.batch)
+        mel, _ = trainer.losses(batch, 32, options.batch - 1)
         total += float(mel)
     return total / 4
 

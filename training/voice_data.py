@@ -17,14 +17,14 @@ from scipy.signal import fftconvolve, firwin2, resample_poly
 from export.content_encoder import WhisperEncoder, load_whisper_encoder
 from export.pitch_estimator import PitchEstimator, load_pitch_estimator
 from export.read_arrays import read_arrays
-from remix.convert_voice import (
+from remix.pitch import clean_pitch
+from remix.vocal_frames import (
     FRAME_SAMPLES,
     SAMPLE_RATE_HZ,
     analysis_windows,
     frame_level_db,
     join_windows,
 )
-from remix.pitch import clean_pitch
 
 Floats = NDArray[np.float32]
 
@@ -55,14 +55,14 @@ class Stream:
 
     @property
     def n_frames(self) -> int:
+        """Frames of 160 samples."""
         return len(self.f0_hz)
 
 
 def read_recording(path: Path) -> Floats:
     """Mono samples at 16 kHz of any file that FFmpeg reads."""
-    options = {"format": "g722"} if path.suffix == ".g722" else {}
     resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE_HZ)
-    with av.open(str(path), **options) as container:
+    with av.open(str(path), format="g722" if path.suffix == ".g722" else None) as container:
         frames = [
             part.to_ndarray()[0]
             for frame in container.decode(audio=0)

@@ -1,0 +1,208 @@
+"""vocal -> windows and frames, phrases -> vocal: what voice conversion and its training share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+SAMPLE_RATE_HZ = 16000  # of content encoder, pitch estimator and the starter voices
+FRAME_SAMPLES = 160  # 100 frames/s: F0 and voice; frame i is centred at sample 160 i + 80
+CONTENT_SAMPLES = 320  # 50 frames/s: content feature j is centred at sample 320 j
+CONTENT_CHANNELS = 384  # Whisper tiny.en
+WINDOW_SAMPLES = 10 * SAMPLE_RATE_HZ
+CONTEXT_SAMPLES = 1 * SAMPLE_RATE_HZ  # Whisper's first and last features are poor
+CORE_SAMPLES = WINDOW_SAMPLES - 2 * CONTEXT_SAMPLES
+
+PHRASE_CONTEXT_FRAMES = 25  # 0.25 s: what the voice's convolutions see beyond a phrase
+FADE_FRAMES = 5  # half of a crossfade: 50 ms on each side of a cut
+VOICED_CUT_PENALTY_DB = 20.0  # a cut in an unvoiced frame is worth that much level
+SMOOTHING_FRAMES = 7  # of the loudness envelope: 70 ms, shorter than a syllable
+MAX_GAIN_DB = 20.0
+
+
+def analysis_windows(samples: Floats) -> list[Floats]:
+    """Cuts a vocal for the content encoder and the pitch estimator.
+
+    Args:
+        samples: [T].
+
+    Returns:
+        ceil(T / CORE_SAMPLES) windows of [WINDOW_SAMPLES]; window k keeps the core from
+        k * CORE_SAMPLES on, in its middle. Outside of the vocal lies silence.
+    """
+    n_windows = -(-len(samples) // CORE_SAMPLES)
+    padded = np.zeros(n_windows * CORE_SAMPLES + 2 * CONTEXT_SAMPLES, np.float32)
+    padded[CONTEXT_SAMPLES : CONTEXT_SAMPLES + len(samples)] = samples
+    starts = range(0, n_windows * CORE_SAMPLES, CORE_SAMPLES)
+    return [padded[start : start + WINDOW_SAMPLES] for start in starts]
+
+
+def join_windows(windows: Sequence[Floats], n_frames: int) -> Floats:
+    """The cores of analysed windows, one after another.
+
+    Args:
+        windows: each [M, ...], M frames over WINDOW_SAMPLES.
+        n_frames: frames of the whole vocal.
+
+    Returns:
+        [n_frames, ...].
+    """
+    if not windows:
+        return np.zeros(0, np.float32)
+    context = len(windows[0]) * CONTEXT_SAMPLES // WINDOW_SAMPLES
+    cores = [window[context : len(window) - context] for window in windows]
+    return np.concatenate(cores)[:n_frames]
+
+
+def expand_content(content: Floats, first: int, n_frames: int, speed: float = 1.0) -> Floats:
+    """Content features at 50 frames/s, linearly between them at 100 frames/s.
+
+    Args:
+        content: [M, F].
+        first: index of the first frame at 100 frames/s.
+        n_frames: how many frames.
+        speed: how much faster the encoder heard the recording (training only).
+
+    Returns:
+        [n_frames, F], float32.
+    """
+    centre_samples = (np.arange(first, first + n_frames) + 0.5) * FRAME_SAMPLES
+    position = np.clip(centre_samples / (CONTENT_SAMPLES * speed), 0.0, len(content) - 1.0)
+    before = position.astype(np.int64)
+    after = np.minimum(before + 1, len(content) - 1)
+    share = (position - before).astype(np.float32)[:, None]
+    low, high = content[before].astype(np.float32), content[after].astype(np.float32)
+    return np.asarray(low + share * (high - low), np.float32)
+
+
+def frame_level_db(samples: Floats) -> Floats:
+    """RMS of each frame of 160 samples, smoothed over three, in dBFS (silence: -120).
+
+    Args:
+        samples: [T].
+
+    Returns:
+        [T / 160].
+    """
+    n_frames = len(samples) // FRAME_SAMPLES
+    frames = samples[: n_frames * FRAME_SAMPLES].reshape(n_frames, FRAME_SAMPLES)
+    power = np.square(frames.astype(np.float64)).mean(axis=1)
+    smooth = np.convolve(np.pad(power, 1, mode="edge"), np.full(3, 1 / 3), mode="valid")
+    return (10.0 * np.log10(smooth + 1e-12)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A stretch of the vocal that the voice sings in one window.
+
+    Args:
+        start: its first frame.
+        stop: one past its last frame.
+        first: the window's first frame; may lie before the vocal.
+    """
+
+    start: int
+    stop: int
+    first: int
+
+
+def cut_phrases(level_db: Floats, voiced: Mask, window_frames: int) -> list[Phrase]:
+    """Cuts a vocal where it is quiet into phrases that fit into windows.
+
+    Args:
+        level_db: [N].
+        voiced: [N].
+        window_frames: of every window; a phrase has PHRASE_CONTEXT_FRAMES around it.
+
+    Returns:
+        Phrases that follow each other without a gap, from frame 0 to frame N.
+    """
+    cost = level_db + VOICED_CUT_PENALTY_DB * voiced
+    longest = window_frames - 2 * PHRASE_CONTEXT_FRAMES
+    phrases, start = [], 0
+    while start < len(cost):
+        stop = len(cost)
+        if stop - start > longest:
+            earliest = start + longest // 2
+            stop = earliest + int(np.argmin(cost[earliest : start + longest + 1]))
+        phrases.append(Phrase(start, stop, start - PHRASE_CONTEXT_FRAMES))
+        start = stop
+    return phrases
+
+
+def cut_frames(array: Floats, first: int, n_frames: int, frame: int = 1) -> Floats:
+    """A window of an array along its first axis, zeros outside of it.
+
+    Args:
+        array: [N * frame, ...].
+        first: first frame of the window, may be negative.
+        n_frames: length of the window.
+        frame: elements in a frame.
+
+    Returns:
+        [n_frames * frame, ...].
+    """
+    window = np.zeros((n_frames * frame, *array.shape[1:]), array.dtype)
+    begin, end = max(first * frame, 0), min((first + n_frames) * frame, len(array))
+    if end > begin:
+        window[begin - first * frame : end - first * frame] = array[begin:end]
+    return window
+
+
+def join_phrases(phrases: Sequence[Phrase], windows: Sequence[Floats | None]) -> Floats:
+    """Phrases crossfaded into one vocal; overlapping windows sing the same, so amplitudes add.
+
+    Args:
+        phrases: as cut_phrases made them.
+        windows: of each phrase, its window's samples; None is silence.
+
+    Returns:
+        [T], T = N * FRAME_SAMPLES.
+    """
+    n_samples = phrases[-1].stop * FRAME_SAMPLES if phrases else 0
+    vocal = np.zeros(n_samples, np.float32)
+    for phrase, window in zip(phrases, windows, strict=True):
+        if window is None:
+            continue
+        begin = max(phrase.start - FADE_FRAMES, 0) * FRAME_SAMPLES
+        end = min((phrase.stop + FADE_FRAMES) * FRAME_SAMPLES, n_samples)
+        piece = window[begin - phrase.first * FRAME_SAMPLES :][: end - begin].copy()
+        ramp = np.linspace(0.0, 1.0, 2 * FADE_FRAMES * FRAME_SAMPLES, dtype=np.float32)
+        if phrase.start > 0:
+            rising = ramp[-(phrase.start * FRAME_SAMPLES - begin) - len(ramp) // 2 :]
+            piece[: len(rising)] *= rising[: len(piece)]
+        if phrase.stop * FRAME_SAMPLES < n_samples:
+            falling = ramp[::-1][: len(ramp) // 2 + end - phrase.stop * FRAME_SAMPLES]
+            piece[-len(falling) :] *= falling[-len(piece) :]
+        vocal[begin:end] += piece
+    return vocal
+
+
+def follow_loudness(vocal: Floats, original: Floats) -> Floats:
+    """The vocal with the original's loudness envelope; where the original is silent, silence.
+
+    Args:
+        vocal: [T], T a multiple of FRAME_SAMPLES.
+        original: [T].
+    """
+    n_frames = len(vocal) // FRAME_SAMPLES
+    if not n_frames:
+        return vocal
+    wanted, found = (_envelope(samples) for samples in (original, vocal))
+    gain = np.minimum(wanted / np.maximum(found, 1e-6), 10.0 ** (MAX_GAIN_DB / 20.0))
+    centre = (np.arange(n_frames) + 0.5) * FRAME_SAMPLES
+    return np.asarray(vocal * np.interp(np.arange(len(vocal)), centre, gain), np.float32)
+
+
+def _envelope(samples: Floats) -> Floats:
+    frames = samples.reshape(-1, FRAME_SAMPLES).astype(np.float64)
+    power = np.pad(np.square(frames).mean(axis=1), SMOOTHING_FRAMES // 2, mode="edge")
+    kernel = np.hanning(SMOOTHING_FRAMES + 2)[1:-1]
+    smooth = np.convolve(power, kernel / kernel.sum(), mode="valid")
+    return np.asarray(np.sqrt(smooth), np.float32)
