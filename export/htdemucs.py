@@ -69,9 +69,9 @@ class HTDemucsGraph(nn.Module):
         """
         B, C, N, n_bins, _ = spectra.shape
         x = spectra.permute(0, 1, 4, 3, 2).reshape(B, 2 * C, n_bins, N)
-        mean, deviation = x.mean((1, 2, 3), True), x.std((1, 2, 3), keepdim=True)
+        mean, deviation = _mean_and_deviation(x)
         x = (x - mean) / (self.spectral_epsilon + deviation)
-        mean_t, deviation_t = mixture.mean((1, 2), True), mixture.std((1, 2), keepdim=True)
+        mean_t, deviation_t = _mean_and_deviation(mixture)
         xt = (mixture - mean_t) / (1e-5 + deviation_t)
         skips, time_skips, lengths = [], [], []
         for index, (encode, time_encode) in enumerate(
@@ -159,7 +159,10 @@ class ResidualBranch(nn.Module):
     def _normalised(self, hidden: Tensor) -> Tensor:
         """[R, H, T] -> [R, H + 2, T]: s h, s, m s."""
         mixing, mixing_bias = self.second.weight[:, :, 0], self.second.bias
-        h = F.gelu(self.norm1(hidden))
+        h = F.gelu(
+            _normalised(hidden, self.norm1.eps) * _column(self.norm1.weight)
+            + _column(self.norm1.bias)
+        )
         mean_h = h.mean(2, keepdim=True)
         centred = h - mean_h
         covariance = centred @ centred.transpose(1, 2) / h.shape[2]
@@ -310,9 +313,8 @@ class TransformerLayer(nn.Module):
         x = x + _scaled_linear(hidden, self.linear2, self.linear2_scale)
         if self.norm_out is None:
             return x
-        # GroupNorm with one group over [T, C], without moving the channels to the front.
-        flat = F.group_norm(x.flatten(1)[:, None], 1, eps=self.norm_out.eps)
-        return flat.view_as(x) * self.norm_out.weight + self.norm_out.bias
+        normalised = _normalised(x, self.norm_out.eps)
+        return normalised * self.norm_out.weight + self.norm_out.bias
 
 
 class _Attention(torch.autograd.Function):
@@ -358,6 +360,34 @@ def _check_is_plain(model: HTDemucs) -> None:
             f"This HTDemucs has {', '.join(found)}; export/htdemucs.py knows the published "
             "architecture only. Extend it, and its parity test."
         )
+
+
+def _mean(x: Tensor) -> Tensor:
+    """[B, …] -> [B, 1, …]: the mean over all but the batch, axis by axis.
+
+    ONNX Runtime adds the numbers of an axis one after the other: over a million of them in one
+    go its float32 mean is wrong by 1e-5, and what follows multiplies that.
+    """
+    for axis in range(x.dim() - 1, 0, -1):
+        x = x.mean(axis, keepdim=True)
+    return x
+
+
+def _mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and standard deviation with N - 1, each [B, 1, …]."""
+    mean = _mean(x)
+    n = math.prod(x.shape[1:])
+    return mean, (_mean((x - mean).square()) * (n / (n - 1))).sqrt()
+
+
+def _normalised(x: Tensor, epsilon: float) -> Tensor:
+    """GroupNorm with one group and without its affine map, the channels on whatever axis."""
+    centred = x - _mean(x)
+    return centred * torch.rsqrt(_mean(centred.square()) + epsilon)
+
+
+def _column(channels: Tensor) -> Tensor:
+    return channels[:, None]
 
 
 def _residual(dconv: Any) -> nn.Module:
