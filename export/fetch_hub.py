@@ -1,18 +1,20 @@
 """repository, revision, file -> the file of a model hub, resumed where a transfer broke off.
 
 The hub's protocol: `GET {base}/{repository}/resolve/{revision}/{file}`, which answers with the
-file or with a redirect to it, and honours `Range`. Source: the Hugging Face Hub's download
-endpoint, as `huggingface_hub` 0.34 calls it (`file_download.hf_hub_url`).
+file or with a redirect to it, honours `Range`, and states the sha256 of a large file as
+`X-Linked-ETag`. Source: the Hugging Face Hub's download endpoint, as `huggingface_hub` 0.34 calls
+it (`file_download.hf_hub_url`, `get_hf_file_metadata`).
 """
 
 from __future__ import annotations
 
 import http.client
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remix.errors import InvalidModel
@@ -31,7 +33,7 @@ class HubFile:
         repository: `owner/name`.
         revision: a branch, tag or commit.
         file: its path in the repository.
-        sha256: all 64 digits, or at least the first 8.
+        sha256: all 64 digits, or at least the first 8; empty to take the hub's word for it.
     """
 
     repository: str
@@ -75,6 +77,8 @@ def fetch_from_hub(
         OSError: the hub is out of reach, or refuses (`urllib.error.HTTPError`).
         InvalidModel: the file has another checksum.
     """
+    if not hub_file.sha256:
+        hub_file = replace(hub_file, sha256=stated_sha256(hub_file.url(base_url), timeout_s))
     if len(hub_file.sha256) < _MIN_SHA256_DIGITS:
         raise InvalidModel(
             f"{hub_file.file} has a checksum of {len(hub_file.sha256)} digits in the manifest; "
@@ -94,9 +98,37 @@ def fetch_from_hub(
         partial.unlink()
         raise InvalidModel(
             f"{hub_file.repository}/{hub_file.file} at {hub_file.revision} has sha256 {found}, "
-            f"the manifest says {hub_file.sha256}. It was removed."
+            f"it should have {hub_file.sha256}. It was removed."
         )
     return partial.replace(path)
+
+
+def stated_sha256(url: str, timeout_s: float) -> str:
+    """The checksum that the hub states of a large file, before it redirects to its storage.
+
+    Raises:
+        OSError: the hub is out of reach, or has no such file.
+        InvalidModel: it states none.
+    """
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        response = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        if error.code not in (301, 302, 303, 307, 308):
+            raise
+        response = error
+    with response:
+        tag = response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or ""
+    if match := re.fullmatch(r'(?:W/)?"([0-9a-f]{64})"', tag):
+        return match[1]
+    raise InvalidModel(f"{url}: the hub states no sha256 (its tag is {tag!r}); pin it yourself.")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an answer, whose headers can be read."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Go nowhere."""
 
 
 def _fetch(

@@ -6,6 +6,7 @@ off in the middle, ignore `Range`, be slow.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import time
@@ -24,6 +25,7 @@ class Hub:
         files: content by `owner/name/resolve/revision/file`.
         break_off_after: for each coming transfer, the bytes after which it ends; then whole ones.
         honours_range: whether it answers `Range` with 206.
+        states_sha256: whether it states the checksum of what it redirects to.
         bytes_per_s: how fast it sends; 0 is as fast as it can.
         requests: the `Range` header of every transfer that was asked for, in order.
     """
@@ -32,6 +34,7 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=dict)
     break_off_after: list[int] = field(default_factory=list)
     honours_range: bool = True
+    states_sha256: bool = True
     bytes_per_s: float = 0.0
     requests: list[str | None] = field(default_factory=list)
 
@@ -47,6 +50,9 @@ def serve_hub() -> Iterator[Hub]:
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             path = self.path.lstrip("/")
             if path.startswith("storage/"):
@@ -55,6 +61,9 @@ def serve_hub() -> Iterator[Hub]:
                 # The hub answers with a redirect to its storage, as the real one does.
                 self.send_response(302)
                 self.send_header("Location", f"{hub.url}/storage/{path}")
+                if hub.states_sha256:
+                    digest = hashlib.sha256(hub.files[path]).hexdigest()
+                    self.send_header("X-Linked-ETag", f'"{digest}"')
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             else:

@@ -99,9 +99,20 @@ def test_fetch_takes_the_first_digits_of_a_checksum_but_not_fewer_than_eight(
         fetch_from_hub(HubFile("owner/name", "v1", "weights.th", "ab"), hub.url, tmp_path)
 
 
+def test_fetch_without_a_checksum_takes_the_hubs_word(hub: Hub, tmp_path: Path) -> None:
+    unpinned = HubFile("owner/name", "v1", "weights.th", "")
+    assert fetch_from_hub(unpinned, hub.url, tmp_path).read_bytes() == CONTENT
+    assert fetch_from_hub(unpinned, hub.url, tmp_path).read_bytes() == CONTENT
+    assert hub.requests == [None]  # and a second time only the checksum is asked for
+    hub.states_sha256 = False
+    with pytest.raises(InvalidModel, match="states no sha256"):
+        fetch_from_hub(unpinned, hub.url, tmp_path)
+
+
 def test_fetch_of_an_unknown_file_is_the_hubs_own_answer(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        fetch_from_hub(HubFile("owner/name", "v2", "x", FILE.sha256), hub.url, tmp_path)
+    for sha256 in (FILE.sha256, ""):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            fetch_from_hub(HubFile("owner/name", "v2", "x", sha256), hub.url, tmp_path)
 
 
 def test_fetch_from_a_hub_out_of_reach_fails_at_once(tmp_path: Path) -> None:
