@@ -1,7 +1,7 @@
 """The composing service: every call of the HTTP API, over the five runners.
 
-    python -m bentoml serve service:Remix       the composer alone
-    philharmonics serve                         the composer and the five runners
+    bentoml serve service:Remix     the composer, and beside it every runner that no
+                                    PHILHARMONICS_RUNNER_* variable says is elsewhere
 
 BentoML brings health (`/livez`, `/readyz`), `/metrics` and the server; the routes are a FastAPI
 app (`http_api`), because BentoML's own cannot speak of media types, streams and problems.
@@ -18,11 +18,11 @@ from http_api.app import WORK_S, Desk, build_app
 from http_api.guard import Guard
 from remix.composer import Composer
 from remix.manifest import read_manifest
-from remix.settings import read_settings
 from remix.stages import STAGES
+from runners.beside import beside, settings_with_runtime_dir
 from runners.remote_stages import Runners
 
-_settings = read_settings()
+_settings = settings_with_runtime_dir()
 _desk = Desk(_settings.max_remixes)
 
 
@@ -35,6 +35,12 @@ _desk = Desk(_settings.max_remixes)
 @bentoml.asgi_app(build_app(_desk))
 class Remix:
     """Composes the stages."""
+
+    separate_stems = beside("separate_stems", _settings)
+    transcribe_notes = beside("transcribe_notes", _settings)
+    generate_notes = beside("generate_notes", _settings)
+    convert_voice = beside("convert_voice", _settings)
+    synthesize_audio = beside("synthesize_audio", _settings)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def open(self) -> None:

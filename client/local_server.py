@@ -34,7 +34,8 @@ class StartFailed(PhilharmonicsError):
 
 def command(host: str, port: int) -> list[str]:
     """The command line that serves everything on this machine."""
-    return [sys.executable, "-m", "runners.serve_local", "--host", host, "--port", str(port)]
+    serve = [sys.executable, "-m", "bentoml", "serve", "service:Remix"]
+    return [*serve, "--host", host, "--port", str(port)]
 
 
 def serve_forever(host: str, port: int) -> int:

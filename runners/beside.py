@@ -1,0 +1,41 @@
+"""The runners that `bentoml serve service:Remix` starts beside the composer, and where they listen.
+
+BentoML starts a service's dependencies as its children, on unix sockets of their own; the
+composer calls them over theirs, by the Open Inference Protocol.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from importlib import import_module
+from typing import Any
+
+import bentoml
+
+from remix.settings import PREFIX, Settings, read_settings
+from remix.stages import Stage
+
+RUNTIME_DIR = PREFIX + "RUNTIME_DIR"
+
+
+def settings_with_runtime_dir() -> Settings:
+    """This process's settings, with a folder for sockets that no other server uses.
+
+    BentoML imports the service first in the process that starts the others: that one makes the
+    folder, names it in the environment that they inherit, and removes it when it ends.
+    """
+    if RUNTIME_DIR not in os.environ:
+        os.environ[RUNTIME_DIR] = tempfile.mkdtemp(prefix="philharmonics-")
+        atexit.register(shutil.rmtree, os.environ[RUNTIME_DIR], ignore_errors=True)
+    return read_settings()
+
+
+def beside(stage: Stage, settings: Settings) -> Any:
+    """The stage's runner as a dependency; None where somebody else started it."""
+    if stage in settings.remote_runners:
+        return None
+    name = "".join(word.title() for word in stage.split("_"))
+    return bentoml.depends(getattr(import_module(f"runners.{stage}"), name))
