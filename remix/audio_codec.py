@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -143,7 +144,10 @@ async def _end(process: Process) -> None:
     A pipe whose reader has stopped at its buffer's limit would never be closed.
     """
     if process.returncode is None:
-        process.kill()
+        # Not process.kill(): it would reap a process that has just ended, whose exit status
+        # asyncio then misses, and warns of.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
     for pipe in (process.stdout, process.stderr):
         assert pipe is not None
         while await pipe.read(_BLOCK_BYTES):

@@ -113,7 +113,7 @@ def _decode(opened: Any, limits: DecoderLimits, output: BinaryIO) -> None:
     if not opened.streams.audio:
         raise InvalidAudio(f"The file has no audio in it: send {ACCEPTED}.")
     stream = opened.streams.audio[0]
-    codec = stream.codec_context.name
+    codec = stream.codec_context.name if stream.codec_context else "nothing that is known"
     if not (codec in DECODERS or codec.startswith("pcm_")):
         raise InvalidAudio(f"The file's audio is coded as {codec}: send {ACCEPTED}.")
     declared_s = _declared_s(stream, opened)

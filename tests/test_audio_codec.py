@@ -235,6 +235,36 @@ def test_decode_of_a_wrong_file_says_what_is_wrong(tmp_path: Path, name: str) ->
         run(decode(path, LIMITS))
 
 
+def with_codec(data: bytes, tag: int) -> bytes:
+    """A WAV file whose samples are coded in another way."""
+    return data[:20] + struct.pack("<H", tag) + data[22:]
+
+
+@pytest.mark.parametrize("tag", [0x02, 0x5BAD])
+def test_decode_of_an_unknown_code_is_refused(tmp_path: Path, tag: int) -> None:
+    path = tmp_path / "song.wav"
+    path.write_bytes(with_codec(wav_bytes(PCM), tag))
+    with pytest.raises(InvalidAudio, match=r"coded as|damaged"):
+        run(decode(path, LIMITS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_of_a_file_damaged_anywhere_is_sound_or_a_refusal(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(len(kind))
+    path = song_file(tmp_path, kind)
+    data = bytearray(path.read_bytes())
+    header = rng.integers(0, 200, 5).tolist()
+    for at in [*header, *rng.integers(0, len(data), 20).tolist()]:
+        data[at] = int(rng.integers(256))
+    path.write_bytes(data)
+    try:
+        got = run(decode(path, LIMITS))
+    except (InvalidAudio, LimitExceeded) as error:
+        assert "made the decoder stop" not in str(error)
+    else:
+        assert np.isfinite(got.samples).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [slice(None), slice(66_150, 66_151)])
 def test_decode_of_what_is_no_number_is_refused(tmp_path: Path, value: float, where: slice) -> None:
