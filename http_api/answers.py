@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import zipfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import BinaryIO, cast
@@ -27,6 +28,9 @@ AUDIO_FORMATS: dict[str, Format] = {WAV: "wav16", FLAC: "flac", MP3: "mp3"}
 """What `encode` is asked for: 16-bit WAV, because every player plays it."""
 
 CHUNK_BYTES = 1 << 18
+
+FILE_MODE = 0o644
+"""Of files that are unpacked from an archive."""
 
 
 async def of_remix(made: MadeRemix, manifest: Manifest, media_type: str) -> Response:
@@ -107,7 +111,9 @@ def write_zip(parts: Iterable[tuple[str, bytes]]) -> BinaryIO:
     try:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, content in parts:
-                archive.writestr(name, content)
+                entry = zipfile.ZipInfo(name, time.localtime()[:6])
+                entry.external_attr = FILE_MODE << 16
+                archive.writestr(entry, content)
     except BaseException:
         file.close()
         raise
