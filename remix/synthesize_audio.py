@@ -2,7 +2,8 @@
 
 A window holds what sounds in it: the notes that begin in it, and those that began before and
 still ring. So windows can be rendered in any order, at once, and while later notes are not
-written yet, and joined end to end they are the whole: the test renders both.
+written yet, and joined end to end they are the whole, but for a block of 1.5 ms at the start of a
+few notes, which depends on the voice that played before: the test renders both.
 """
 
 from __future__ import annotations
