@@ -52,8 +52,9 @@ class HTDemucsGraph(nn.Module):
         self.time_encoder = nn.ModuleList(EncoderLayer(layer) for layer in model.tencoder)
         self.decoder = nn.ModuleList(DecoderLayer(layer) for layer in model.decoder)
         self.time_decoder = nn.ModuleList(DecoderLayer(layer) for layer in model.tdecoder)
-        self.frequency_embedding = model.freq_emb.embedding
-        self.frequency_scale = model.freq_emb.scale * model.freq_emb_scale
+        embedding = cast(Any, model.freq_emb)
+        self.frequency_embedding = embedding.embedding
+        self.frequency_scale = embedding.scale * model.freq_emb_scale
         self.bottleneck = Bottleneck(model, self.window_samples, self.n_frames)
 
     def forward(self, mixture: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +224,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, model: HTDemucs, window_samples: int, n_frames: int) -> None:
         super().__init__()
-        transformer = model.crosstransformer
+        transformer: Any = model.crosstransformer
         n_rows, time_steps = model.nfft // 2, window_samples
         for _ in range(model.depth):
             n_rows, time_steps = n_rows // model.stride, -(-time_steps // model.stride)
@@ -231,7 +232,7 @@ class Bottleneck(nn.Module):
         if self.has_resampling:
             self.up, self.down = model.channel_upsampler, model.channel_downsampler
             self.up_t, self.down_t = model.channel_upsampler_t, model.channel_downsampler_t
-        self.dim = dim = transformer.norm_in.normalized_shape[0]
+        dim: int = transformer.norm_in.normalized_shape[0]
         self.place_weight = transformer.weight_pos_embed
         # Buffers become small initializers, and what is made of them operators, not megabytes.
         step = -math.log(transformer.max_period) / (dim // 2)
@@ -270,7 +271,7 @@ class Bottleneck(nn.Module):
         )
         n_frames, n_rows = len(of_frame), len(of_row)
         both = [of_frame[:, None].expand(-1, n_rows, -1), of_row[None].expand(n_frames, -1, -1)]
-        return torch.cat(both, 2).reshape(1, n_frames * n_rows, self.dim)
+        return torch.cat(both, 2).flatten(0, 1)[None]
 
     def _place_t(self) -> Tensor:
         """[1, T, dim]: when a token is. Source: `create_sin_embedding`."""
@@ -307,14 +308,14 @@ class TransformerLayer(nn.Module):
                 (normed, attended_to, attended_to), weights, biases, strict=True
             )
         )
-        heads = _Attention.apply(query, key, value, self.n_heads)
+        heads = cast(Any, _Attention).apply(query, key, value, self.n_heads)
         x = x + _scaled_linear(heads, self.out, self.out_scale)
         hidden = F.gelu(self.linear1(self.norm_ff(x)))
         x = x + _scaled_linear(hidden, self.linear2, self.linear2_scale)
         if self.norm_out is None:
             return x
         normalised = _normalised(x, self.norm_out.eps)
-        return normalised * self.norm_out.weight + self.norm_out.bias
+        return cast(Tensor, normalised * self.norm_out.weight + self.norm_out.bias)
 
 
 class _Attention(torch.autograd.Function):
@@ -322,7 +323,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
-        q, k, v = (t.unflatten(2, (n_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.view(*t.shape[:2], n_heads, -1).transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     @staticmethod

@@ -132,7 +132,7 @@ def random_htdemucs(seed: int = RANDOM_SEED) -> HTDemucs:
     norm has its own value, so that nothing in the network is idle. Only products of uniform
     numbers are used: logarithms and exponentials differ between machines in their last bit.
     """
-    model = HTDemucs(**PUBLISHED_HTDEMUCS).eval()
+    model: HTDemucs = HTDemucs(**PUBLISHED_HTDEMUCS).eval()
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -165,9 +165,10 @@ def load_checkpoint(path: Path) -> HTDemucs:
     )
     if package["klass"] is not HTDemucs:
         raise InvalidModel(f"{path} holds a {package['klass']}; only HTDemucs is exported.")
-    model = HTDemucs(*package["args"], **package["kwargs"])
+    model: HTDemucs = HTDemucs(*package["args"], **package["kwargs"])
     model.load_state_dict({name: tensor.float() for name, tensor in package["state"].items()})
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _read_pickled_package(content: bytes, path: Path) -> dict[str, Any]:

@@ -52,9 +52,10 @@ class UNet(nn.Module):
         for index in range(1, len(ENCODER_CHANNELS)):
             skips.append(getattr(self, f"down{index}_conv")(x))
             x = getattr(self, f"down{index}_act")(skips[-1])
-        x = self.up1(skips.pop())
-        for index in range(2, len(DECODER_CHANNELS) + 1):
-            x = getattr(self, f"up{index}")(torch.cat([skips.pop(), x], 1))
+        x = skips.pop()
+        for index in range(1, len(DECODER_CHANNELS) + 1):
+            joined = torch.cat([skips.pop(), x], 1) if index > 1 else x
+            x = getattr(self, f"up{index}")(joined)
         return cast(Tensor, self.up7(x) * magnitudes)
 
 

@@ -45,7 +45,7 @@ def triangle(size: int) -> NDArray[np.float32]:
     half = size // 2
     rising = np.arange(1, half + 1, dtype=np.float32)
     falling = np.arange(size - half, 0, -1, dtype=np.float32)
-    return np.concatenate([rising, falling]) / np.float32(size - half)
+    return np.asarray(np.concatenate([rising, falling]) / (size - half), np.float32)
 
 
 class StreamingOverlapAdd:
@@ -89,4 +89,4 @@ class StreamingOverlapAdd:
         weight_sum[:length] += weights
         final = total if is_last else self._hop
         self._sum, self._weight_sum = summed[..., final:], weight_sum[final:]
-        return summed[..., :final] / weight_sum[:final]
+        return np.asarray(summed[..., :final] / weight_sum[:final], np.float32)

@@ -151,8 +151,7 @@ async def join_chunks(chunks: AsyncIterator[StemsChunk]) -> dict[str, Samples]:
     """Whole stems, [2, T] by name, out of their chunks."""
     collected = [chunk.stems async for chunk in chunks]
     return {
-        name: np.concatenate([stems[name] for stems in collected], axis=1)
-        for name in collected[0]
+        name: np.concatenate([stems[name] for stems in collected], axis=1) for name in collected[0]
     }
 
 

@@ -103,9 +103,7 @@ def _hann(size: int) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=8)
-def _inverse_window_power(
-    framing: Framing, n_frames: int, n_samples: int
-) -> NDArray[np.float32]:
+def _inverse_window_power(framing: Framing, n_frames: int, n_samples: int) -> NDArray[np.float32]:
     squares = _hann(framing.size_samples).astype(np.float64) ** 2
     all_frames = np.broadcast_to(squares, (n_frames + 2 * framing.silent_frames, len(squares)))
     start = framing.lead_samples + framing.silent_frames * framing.hop_samples

@@ -93,9 +93,7 @@ def test_chunks_follow_each_other_and_the_first_comes_after_one_window() -> None
 def test_no_more_windows_are_in_flight_than_allowed(windows_ahead: int) -> None:
     async def scenario() -> int:
         infer = Halver()
-        async for _ in separate_stems(
-            song_of(2000), SEPARATOR, infer, windows_ahead=windows_ahead
-        ):
+        async for _ in separate_stems(song_of(2000), SEPARATOR, infer, windows_ahead=windows_ahead):
             pass
         return infer.most
 

@@ -14,7 +14,9 @@ SPLEETER = Framing(4096, 1024, 1536)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3000), st.sampled_from([(64, 16), (64, 32), (128, 32)]), st.integers(0, 2**32))
+@given(
+    st.integers(1, 3000), st.sampled_from([(64, 16), (64, 32), (128, 32)]), st.integers(0, 2**32)
+)
 def test_istft_of_stft_is_the_signal(length: int, sizes: tuple[int, int], seed: int) -> None:
     size, hop = sizes
     framing = Framing(size, hop, (size - hop) // 2, "constant")
