@@ -10,7 +10,8 @@ OUT ?= out/demo
 HUB ?= $(PHILHARMONICS_HUB)
 export PYTHON SONG VOICE OUT HUB
 
-PIP_FLAGS := --disable-pip-version-check --quiet
+# In a terminal pip shows its progress, elsewhere it only speaks of errors.
+PIP_FLAGS := --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
 DEMO_SONG := .cache/demo_song.mp3
 
 .PHONY: help
