@@ -1,11 +1,11 @@
-"""vocal windows -> content features and F0; these -> sung windows. Three kinds of model, one runner.
+"""vocal windows -> content features, F0, and sung windows: three kinds of model, one runner.
 
 Every graph works on samples and features as they come over the wire; nothing is computed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import bentoml
@@ -44,8 +44,8 @@ Graph = Callable[[Tensors], dict[str, NDArray[Any]]]
 class ContentEncoder(ServedModel):
     """What is sung: {"samples": [B, 160000]} -> {"content": [B, 500, 384]}."""
 
-    inputs = (TensorSpec(SAMPLES, "FP32", (-1, WINDOW_SAMPLES)),)
-    outputs = (
+    inputs: Sequence[TensorSpec] = (TensorSpec(SAMPLES, "FP32", (-1, WINDOW_SAMPLES)),)
+    outputs: Sequence[TensorSpec] = (
         TensorSpec(CONTENT, "FP32", (-1, WINDOW_SAMPLES // CONTENT_SAMPLES, CONTENT_CHANNELS)),
     )
 
