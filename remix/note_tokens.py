@@ -30,9 +30,16 @@ STEPS_PER_BEAT: Final = 12
 METERS: Final = (3, 4)  # beats a bar
 MAX_BAR_STEPS: Final = STEPS_PER_BEAT * METERS[-1]
 
-# Sounding ranges (MIDI): what the instrument plays in a band, within its physical range.
+# Ranges (MIDI) that tokens can express: about what the instruments reach.
 LOWEST: Final = (35, 24, 36, 28, 36)  # drums: General MIDI percussion, Acoustic Bass Drum ..
 HIGHEST: Final = (81, 67, 88, 103, 100)  # .. Open Triangle
+
+# Ranges that are written in: where the band of the training songs plays all but 1 % of its notes.
+PLAYED_LOWEST: Final = (35, 26, 43, 40, 45)
+PLAYED_HIGHEST: Final = (81, 60, 81, 84, 86)
+
+# Notes struck at once, at most: two hands and two feet, one bass, six strings, about two hands.
+STRUCK_AT_ONCE: Final = (4, 1, 6, 6, 5)
 
 # Quavers, triplets, dotted values and ties up to four 4/4 bars, in steps.
 DURATIONS_STEPS: Final = (
@@ -355,22 +362,22 @@ class BarGrammar:
         self._allow_next_track(mask)
         # The tracks still to come cost 4 tokens each at least (drums 3), the closing BAR one.
         spare = self._left - 4 * len(self._waiting) - 1
+        is_full = len(self._struck) == STRUCK_AT_ONCE[self._track]
         if self._track == DRUMS:
             if spare >= 2:
                 mask[POSITION + self._onset + 1 : POSITION + self._steps] = True
-            if spare >= 1:
+            if spare >= 1 and not is_full:
                 mask[self._pitch + 1 : PITCH] = True
             return
         if spare >= 3:
-            # The same onset again only for a longer note, of a pitch that does not sound yet:
-            # a range holds at least 40, so that the group is never empty.
-            again = self._duration + 1 < len(DURATIONS_STEPS) and len(self._struck) < 24
-            mask[POSITION + self._onset + (not again) : POSITION + self._steps] = True
-        if spare >= 1:
+            # The same onset again only for longer notes.
+            later = is_full or self._duration + 1 == len(DURATIONS_STEPS)
+            mask[POSITION + self._onset + later : POSITION + self._steps] = True
+        if spare >= 1 and not is_full:
             self._allow_pitches(mask)
 
     def _allow_pitches(self, mask: npt.NDArray[np.bool_]) -> None:
         base = PITCH - root_at(self._conditions, self._onset)
-        lowest = max(base + LOWEST[self._track], self._pitch + 1)
-        mask[lowest : base + HIGHEST[self._track] + 1] = True
+        lowest = max(base + PLAYED_LOWEST[self._track], self._pitch + 1)
+        mask[lowest : base + PLAYED_HIGHEST[self._track] + 1] = True
         mask[list(self._struck)] = False
