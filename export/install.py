@@ -12,7 +12,7 @@ import fcntl
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,19 @@ from export.progress import Progress
 from remix.errors import InvalidModel
 from remix.manifest import (
     MANIFEST_PATH,
+    RECEIPT,
     Manifest,
     ModelEntry,
     ModelFile,
     default_model,
+    expected_sha256,
     installed,
     read_manifest,
+    read_receipt,
     sha256_of,
 )
 from remix.settings import read_settings
 from remix.stages import STAGES
-
-RECEIPT = "installed.json"
-"""In the models folder: the checksum, size and time of what was verified, by path."""
 
 
 @dataclass
@@ -65,8 +65,8 @@ def install(manifest: Manifest, places: Places, progress: Progress) -> Report:
                 for file in pending:
                     require_what_it_needs(recipe_of(entry, file), places)
                     with progress.of(entry.name) as watch:
-                        _install_file(entry, file, places, watch)
-                    receipt[file.path] = _seen(places.models_dir / file.path, file.sha256)
+                        sha256 = _install_file(entry, file, places, watch)
+                    receipt[file.path] = _seen(places.models_dir / file.path, sha256)
                 report.installed.append(entry.name)
             except LeftOut as reason:
                 report.left_out[entry.name] = str(reason)
@@ -93,7 +93,8 @@ def check(manifest: Manifest, models_dir: Path) -> Report:
 
 def _install_file(
     entry: ModelEntry, file: ModelFile, places: Places, watch: Callable[[str, float], None]
-) -> None:
+) -> str:
+    """Make one file and return its checksum, which is the manifest's if that has one."""
     recipe = recipe_of(entry, file)
     path = places.models_dir / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,12 +102,13 @@ def _install_file(
     made.unlink(missing_ok=True)
     try:
         MAKERS[recipe["kind"]](entry, recipe, places, made, watch)
-        if (found := sha256_of(made)) != file.sha256:
+        if (found := sha256_of(made)) != (file.sha256 or found):
             raise InvalidModel(
                 f"{file.path} of model {entry.name} came out with sha256 {found}, the manifest "
                 f"says {file.sha256}: its origin has changed, or the manifest is wrong."
             )
         made.replace(path)
+        return found
     except KeyError as error:
         raise InvalidModel(f"The origin of model {entry.name} lacks {error}.") from error
     finally:
@@ -121,10 +123,7 @@ Receipt = dict[str, dict[str, Any]]
 @contextmanager
 def _receipt(models_dir: Path) -> Iterator[Receipt]:
     path = models_dir / RECEIPT
-    before: Receipt = {}
-    if path.is_file():
-        with suppress(ValueError):  # a damaged receipt only costs time
-            before = dict(json.loads(path.read_text()))
+    before = read_receipt(models_dir)
     receipt = dict(before)
     try:
         yield receipt
@@ -144,10 +143,10 @@ def _is_right(models_dir: Path, file: ModelFile, receipt: Receipt) -> bool:
     path = models_dir / file.path
     if not path.is_file():
         return False
-    seen = _seen(path, file.sha256)
+    seen = _seen(path, expected_sha256(models_dir, file))
     if receipt.get(file.path) == seen:
         return True
-    if sha256_of(path) != file.sha256:
+    if sha256_of(path) != seen["sha256"]:
         return False
     receipt[file.path] = seen
     return True

@@ -12,6 +12,8 @@ or a table of recipes by file. `kind` says which:
     hub         `repo`, `revision`, `file`, `sha256`: fetched from the model hub that the setting
                 names. With `graph` it is filled from the fetched file, with `export` the stage's
                 exporter (which needs torch) makes the model of it, else the fetched file is it.
+                An empty `sha256`, where none could be pinned, takes the hub's word; the files'
+                own may then be empty too, and are recorded when they are first installed.
     export      made by the stage's exporter alone (random weights, for measurements).
 """
 

@@ -6,8 +6,10 @@ A model's files are verified here and nowhere else; who loads a file asks for `v
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,9 @@ from remix.errors import InvalidModel, NotFound
 from remix.stages import STAGES, Stage
 
 MANIFEST_PATH = Path(__file__).resolve().parent.parent / "models.toml"
+
+RECEIPT = "installed.json"
+"""In the models folder: what `make models` verified."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a model, and the signature of the graph in it (empty if it is no graph)."""
+    """One file of a model, and the signature of the graph in it (empty if it is no graph).
+
+    Args:
+        path: in the models folder.
+        sha256: of the file; empty where only a hub knows it, and then the one that was recorded
+            when the file was installed (`RECEIPT`).
+        inputs: of the graph.
+        outputs: of the graph.
+    """
 
     path: str
     sha256: str
@@ -91,16 +104,30 @@ class ModelEntry:
         path = models_dir / file.path
         if not path.is_file():
             raise InvalidModel(f"{path} of model {self.name} is missing: run `make models`.")
-        found = sha256_of(path)
-        if found != file.sha256:
+        found, expected = sha256_of(path), expected_sha256(models_dir, file)
+        if found != expected:
             raise InvalidModel(
                 f"{path} of model {self.name} has sha256 {found}, the manifest says "
-                f"{file.sha256}: remove the file and run `make models`."
+                f"{expected or 'nothing'}: remove the file and run `make models`."
             )
         return path
 
 
 Manifest = dict[str, ModelEntry]
+
+
+def read_receipt(models_dir: Path) -> dict[str, dict[str, Any]]:
+    """What `make models` saw of each file: checksum, size and time, by path."""
+    path = models_dir / RECEIPT
+    if path.is_file():
+        with suppress(ValueError):  # a damaged receipt is as good as none
+            return dict(json.loads(path.read_text()))
+    return {}
+
+
+def expected_sha256(models_dir: Path, file: ModelFile) -> str:
+    """The manifest's checksum, or the one that was recorded at installation; empty if none."""
+    return file.sha256 or str(read_receipt(models_dir).get(file.path, {}).get("sha256", ""))
 
 
 def sha256_of(path: Path) -> str:

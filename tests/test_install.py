@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import tomli_w
 
 from export.fill_weights import empty, fill
 from export.origins import MAKERS, recipe_of
+from remix.errors import InvalidModel
 from remix.manifest import read_manifest
 from remix.stages import STAGES
 from tests.hub_server import Hub, serve_hub
@@ -283,6 +286,40 @@ def test_install_fills_a_graph_from_a_hubs_checkpoint(workshop: Workshop, hub: H
     code, said = workshop.run("--hub", hub.url)
     assert code == 0, said
     assert (workshop.models / "published.onnx").read_bytes() == workshop.filled()
+
+
+def test_install_of_published_htdemucs_from_a_hub_gives_the_model_that_is_there(
+    workshop: Workshop, hub: Hub
+) -> None:
+    """The manifest's own entry and graph; a checkpoint of random weights, in the hub's form."""
+    from export.separate_stems import random_htdemucs
+
+    model = random_htdemucs()
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    path = "adefossez/HTDemucs/resolve/main/955717e8.safetensors"
+    hub.files[path] = safetensors.torch.save(state, {"klass": "demucs.htdemucs.HTDemucs"})
+    workshop.entries["htdemucs"] = tomllib.loads((ROOT / "models.toml").read_text())["htdemucs"]
+    code, said = workshop.run("--hub", hub.url)
+    assert code == 0, said
+    assert "separate_stems: htdemucs (published weights" in said
+
+    manifest = read_manifest(workshop.folder / "models.toml")
+    (file,) = manifest["htdemucs"].files
+    installed = manifest["htdemucs"].verified_path(workshop.models, file)
+    array_of = {name: row["array"] for name, row in _weights_of(installed).items()}
+    for tensor in onnx.load(installed).graph.initializer:
+        if tensor.name in array_of:
+            expected = state[array_of[tensor.name]].float().numpy()
+            assert np.array_equal(onnx.numpy_helper.to_array(tensor), expected), tensor.name
+    installed.write_bytes(installed.read_bytes()[:-1] + b"x")
+    with pytest.raises(InvalidModel, match="remove the file and run"):
+        manifest["htdemucs"].verified_path(workshop.models, file)
+
+
+def _weights_of(path: Path) -> dict[str, dict[str, Any]]:
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    weights: dict[str, dict[str, Any]] = json.loads(metadata["weights"])
+    return weights
 
 
 @pytest.mark.parametrize("reach", ["no hub is set", "nothing answers", "no such file"])
