@@ -180,7 +180,7 @@ class AdaptiveBatcher:
             outputs, timing_of = await loop.run_in_executor(
                 self._workers.executor, self._compute_batch, batch
             )
-        except Exception as error:  # whatever the model raised belongs to the requests
+        except Exception as error:  # noqa: BLE001 - the model's errors belong to the requests
             if len(batch) == 1:
                 if not batch[0].future.done():
                     batch[0].future.set_exception(error)

@@ -70,7 +70,7 @@ class Runner:
         super().__init_subclass__()
         cls.verify = bentoml.on_deployment(partial(verify_models, cls.stage))  # type: ignore[attr-defined]
 
-    @bentoml.on_startup
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Load and warm the models, then listen.
 
@@ -96,7 +96,7 @@ class Runner:
             model.warm_up()
         return models
 
-    @bentoml.on_shutdown
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
         """Say not ready, take nothing new, end what has begun."""
         self._inference.is_ready = False

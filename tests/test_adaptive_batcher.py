@@ -68,9 +68,7 @@ def test_windows_of_different_shapes_are_not_merged() -> None:
         model = GatedModel()
         model.gate.set()
         batcher = batcher_of(model)
-        await asyncio.gather(
-            *(batcher.submit(item(1, width=width)) for width in (3, 4, 3, 4))
-        )
+        await asyncio.gather(*(batcher.submit(item(1, width=width)) for width in (3, 4, 3, 4)))
         assert sorted(model.batches) == [2, 2]
 
     asyncio.run(scenario())
