@@ -162,6 +162,6 @@ def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """All of it: the composer and the five runners, with the models that are installed."""
     folder = tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "runners.serve_local"]
+    command = [sys.executable, "-m", "bentoml", "serve", "service:Remix"]
     with serving(command, folder, ready_s=240.0) as running:
         yield running

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.conftest import ServerProcess
+from tests.conftest import ServerProcess, serving
 
 PICKLE = "application/vnd.bentoml+pickle"
 LISTENING = "0A"
@@ -85,3 +86,12 @@ def test_composer_and_runners_refuse_pickle_on_every_port(
     server: ServerProcess, tmp_path: Path
 ) -> None:
     assert httpx.URL(server.url).port in check(server, tmp_path)
+
+
+@pytest.mark.slow
+def test_runner_that_is_started_alone_refuses_pickle(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    command = [sys.executable, "-m", "bentoml", "serve", "runners.transcribe_notes:TranscribeNotes"]
+    with serving(command, tmp_path_factory.mktemp("runner"), ready_s=120.0) as runner:
+        assert httpx.URL(runner.url).port in check(runner, tmp_path)
