@@ -19,18 +19,21 @@ from remix.notes import Note
 
 Floats = NDArray[np.float64]
 
-SHARPNESS = 12.0
+SHARPNESS = 9.0
 """How many nats a whole unit of cosine similarity is worth."""
 
-CHANGE_COST = 1.2
+CHANGE_COST = 0.7
 """Nats that a change of chord costs; a triad heard clearly outweighs it within one half bar."""
 
-IN_KEY_BONUS = 0.6
+IN_KEY_BONUS = 0.3
 """Nats for a chord whose notes all belong to the key."""
 
-COMMONNESS = {"maj": 0.5, "min": 0.5, "7": 0.2, "maj7": 0.0, "min7": 0.1, "dim": -0.6, "sus4": -0.5}
-"""Nats for each quality: rarer chords need more evidence. With these and the three above, the
-chords of 200 held-out training charts are found best; see `tests/test_generate_notes.py`."""
+COMMONNESS = dict(zip(CHORD_QUALITIES, (0.5, 0.3, 0.35, 0.1, -0.3, -0.2, -0.5), strict=True))
+"""Nats for each quality: rarer chords need more evidence.
+
+Chosen, with the three numbers above, on 60 held-out songs of `training/band_songs.py` with 30 % of
+the notes missing, 15 % false ones (overtones, neighbours) and random confidence: the root is right
+in 86 % of the half bars, root and quality in 74 %."""
 
 MINOR_SCALE = (0, 2, 3, 5, 7, 8, 10, 11)
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
