@@ -15,8 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from remix.audio import Audio
 from remix.audio_codec import Format, encode
-from remix.composer import NotesOnGrid, tracks_of_stems
-from remix.manifest import Manifest
+from remix.composer import Composer, NotesOnGrid, tracks_of_stems
 from remix.midi import write_midi
 from remix.note_json import write_json
 from remix.report import MadeRemix, report
@@ -33,10 +32,10 @@ FILE_MODE = 0o644
 """Of files that are unpacked from an archive."""
 
 
-async def of_remix(made: MadeRemix, manifest: Manifest, media_type: str) -> Response:
+async def of_remix(made: MadeRemix, composer: Composer, media_type: str) -> Response:
     """The remix alone, or all there is of it."""
     if media_type == ZIP:
-        parts = _remix_parts(made, manifest)
+        parts = _remix_parts(made, composer)
         return FileAnswer(await anyio.to_thread.run_sync(write_zip, parts), ZIP)
     return await of_audio(made.remix.audio, media_type)
 
@@ -58,7 +57,7 @@ def of_notes(notes: NotesOnGrid, media_type: str) -> Response:
     return Response(content, media_type=media_type)
 
 
-def _remix_parts(made: MadeRemix, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+def _remix_parts(made: MadeRemix, composer: Composer) -> Iterator[tuple[str, bytes]]:
     remix = made.remix
     rate_hz, duration_s = remix.song.sample_rate_hz, remix.song.duration_s
     yield "remix.wav", encode(remix.audio, "wav16")
@@ -66,7 +65,7 @@ def _remix_parts(made: MadeRemix, manifest: Manifest) -> Iterator[tuple[str, byt
     yield "notes.mid", write_midi(tracks_of_stems(remix.band.heard), remix.band.grid, duration_s)
     yield "generated.mid", write_midi(remix.band.written, remix.band.grid, duration_s)
     yield "voice.wav", encode(remix.voice.audio, "wav")
-    facts, picture = report(made, manifest)
+    facts, picture = report(made, composer.manifest, composer.models_dir)
     yield "report.json", json.dumps(facts, indent=2).encode()
     yield "report.png", picture
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from remix.composer import Composer
+from remix.manifest import expected_sha256
 from remix.stages import Stage
 
 Weights = Literal["published", "trained-here", "random"]
@@ -16,7 +17,7 @@ class FileFacts(BaseModel):
     """A file of a model."""
 
     path: str
-    sha256: str
+    sha256: str | None = Field(description="None: only a hub knows it, until it is installed.")
 
 
 class ModelFacts(BaseModel):
@@ -75,7 +76,13 @@ def model_list(composer: Composer) -> ModelList:
                 sample_rate_hz=entry.sample_rate_hz,
                 installed=entry.is_installed(composer.models_dir),
                 default=entry.name in defaults,
-                files=[FileFacts(path=file.path, sha256=file.sha256) for file in entry.files],
+                files=[
+                    FileFacts(
+                        path=file.path,
+                        sha256=expected_sha256(composer.models_dir, file) or None,
+                    )
+                    for file in entry.files
+                ],
             )
             for entry in composer.manifest.values()
         ]

@@ -59,7 +59,7 @@ async def _remix(
     composer: Composer, song: Path, options: RemixOptions, media_type: str, progress: Progress
 ) -> Response:
     made = await composer.remix(song, options, progress)
-    return await answers.of_remix(made, composer.manifest, media_type)
+    return await answers.of_remix(made, composer, media_type)
 
 
 async def _separate(

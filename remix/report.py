@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from remix.manifest import Manifest, ModelEntry
+from remix.manifest import Manifest, ModelEntry, expected_sha256
 from remix.models import Models
 from remix.options import RemixOptions
 from remix.pipeline import Remix
@@ -49,7 +50,7 @@ class MadeRemix:
     wall_s: float
 
 
-def report(made: MadeRemix, manifest: Manifest) -> tuple[dict[str, Any], bytes]:
+def report(made: MadeRemix, manifest: Manifest, models_dir: Path) -> tuple[dict[str, Any], bytes]:
     """Everything that can be said of a remix, as JSON has it, and its picture, PNG."""
     remix = made.remix
     evaluation, picture = report_similarity(remix.song, remix.audio)
@@ -57,7 +58,7 @@ def report(made: MadeRemix, manifest: Manifest) -> tuple[dict[str, Any], bytes]:
         "song": {"duration_s": round(remix.song.duration_s, 3)},
         "voice": made.models.voice.name,
         "options": made.options.model_dump(mode="json"),
-        "models": [_model(manifest[name]) for name in made.models.names()],
+        "models": [_model(manifest[name], models_dir) for name in made.models.names()],
         "music": _music(remix),
         "mix": _rounded(asdict(remix.mix)),
         "evaluation": evaluation,
@@ -75,14 +76,16 @@ def _weights_warnings(made: MadeRemix, manifest: Manifest) -> list[str]:
     ]
 
 
-def _model(entry: ModelEntry) -> dict[str, Any]:
+def _model(entry: ModelEntry, models_dir: Path) -> dict[str, Any]:
     return {
         "name": entry.name,
         "stage": entry.stage,
         "weights": entry.weights,
         "licence": entry.licence,
         "source": entry.source,
-        "files": [{"path": file.path, "sha256": file.sha256} for file in entry.files],
+        "files": [
+            {"path": file.path, "sha256": expected_sha256(models_dir, file)} for file in entry.files
+        ],
     }
 
 

@@ -464,5 +464,6 @@ def test_lists_say_whose_the_models_and_voices_are(http: httpx.Client) -> None:
     for model in http.get("/v1/models").json()["models"]:
         assert model["weights"] in {"published", "trained-here", "random"}
         assert model["licence"]
-        assert all(len(file["sha256"]) == 64 for file in model["files"])
+        if model["installed"]:
+            assert all(len(file["sha256"]) == 64 for file in model["files"])
     assert "voices" in http.get("/v1/voices").json()
