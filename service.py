@@ -21,6 +21,7 @@ from remix.manifest import read_manifest
 from remix.stages import STAGES
 from runners.beside import beside, settings_with_runtime_dir
 from runners.remote_stages import Runners
+from runners.runner import QUIET_MALLOC
 
 _settings = settings_with_runtime_dir()
 _desk = Desk(_settings.max_remixes)
@@ -28,6 +29,7 @@ _desk = Desk(_settings.max_remixes)
 
 @bentoml.service(
     name="remix",
+    envs=[QUIET_MALLOC],
     workers=1,  # slots and progress are counted in this process; more composers are more replicas
     traffic={"timeout": 2 * WORK_S},  # the routes have limits of their own, with better answers
     endpoints={"livez": "/livez", "readyz": "/readyz"},

@@ -102,13 +102,15 @@ class Runners:
         spent = times[stage]
         queue_s = response.parameters["queue_s"].double_param
         compute_s = response.parameters["compute_s"].double_param
+        rows = len(next(iter(inputs.values())))
         spent.queue_s += queue_s
-        spent.compute_s += compute_s
+        # Who shared the batch shares its cost.
+        spent.compute_s += compute_s * rows / response.parameters["batch_rows"].int64_param
         end_s = time.monotonic()
         spent.transfer_s += max(0.0, end_s - start_s - queue_s - compute_s)
         spent.start_s = min(spent.start_s, start_s)
         spent.end_s = max(spent.end_s, end_s)
-        spent.windows += len(next(iter(inputs.values())))
+        spent.windows += rows
         return outputs
 
 

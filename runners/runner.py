@@ -18,11 +18,17 @@ from remix.settings import Settings, read_settings
 from remix.stages import Stage
 from runners.adaptive_batcher import Workers
 from runners.inference_protocol import CHANNEL_OPTIONS, InferenceServer, ServedModel
+from runners.refuse_pickle import refuse
 
 DRAIN_S = 30.0
 """How long a stopping runner goes on with what it has begun."""
 
+QUIET_MALLOC = {"name": "MALLOC_ARENA_MAX", "value": "2"}
+"""With glibc's default of eight arenas a core, the large arrays of a remix leave holes in all of
+them: 1,637 MB after 3 remixes grew to 1,755 MB after 43; with two arenas it stays at 1,586 MB."""
+
 SERVICE: dict[str, Any] = {
+    "envs": [QUIET_MALLOC],
     "workers": 1,  # a second worker would split the queue; replicas share it by the balancer
     "traffic": {"timeout": 3600},
     "endpoints": {"livez": "/livez", "readyz": "/readyz"},
@@ -66,8 +72,9 @@ class Runner:
         """Every installed model of the stage, the default first."""
 
     def __init_subclass__(cls) -> None:
-        """Have BentoML verify the stage's files once, in its parent process."""
+        """Have BentoML verify the stage's files once, in its parent process; refuse the rest."""
         super().__init_subclass__()
+        bentoml.asgi_app(refuse, path="/")(cls)
         cls.verify = bentoml.on_deployment(partial(verify_models, cls.stage))  # type: ignore[attr-defined]
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
