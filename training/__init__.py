@@ -1,0 +1,1 @@
+"""Data -> weights: what the starter models are trained by (torch)."""
