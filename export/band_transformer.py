@@ -41,8 +41,8 @@ def rotary(positions: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
     Source: Su et al. 2021, RoFormer, eq. 34, base 10,000.
     """
-    exponent = torch.arange(0, channels, 2, dtype=torch.float32) / channels
-    angles = positions.float().unsqueeze(-1) * (10_000.0**-exponent)
+    pairs = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * 10_000.0 ** (-pairs / channels)
     return angles.cos(), angles.sin()
 
 
@@ -133,8 +133,8 @@ class BandTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] after each of the tokens [B, S]."""
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        cos, sin = rotary(positions.to(tokens.device), self.size.head_channels)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        cos, sin = rotary(positions, self.size.head_channels)
         x = self.embedding(tokens)
         for block in self.layers():
             x = block(x, cos, sin)

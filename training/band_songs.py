@@ -5,10 +5,11 @@ drums, bass, chords and arpeggios. Since the chart is ours, the chords of every 
 exactly: they are what the generator is conditioned on. Nothing of MMA is shipped; what is kept of
 its output is quantised notes.
 
-    python -m training.band_songs --mma /usr/share/mma --songs 3000
+    python -m training.band_songs --songs 1000
 """
 
 import argparse
+import itertools
 import random
 import re
 import shutil
@@ -35,6 +36,10 @@ from remix.note_tokens import (
     tempo_class,
 )
 
+MMA = Path("/usr/share/mma")
+"""Where Debian's package puts it; any folder with its `lib` and `MMA` does."""
+
+FILE_SONGS = 100
 BARS = 64
 SECTION_BARS = 8
 STEPS = npt.NDArray[np.int16]
@@ -314,7 +319,7 @@ def make_song(home: Path, groove: GrooveFile, rng: random.Random) -> Song | None
         source, target = Path(folder, "song.mma"), Path(folder, "song.mid")
         source.write_text(chart)
         command = ["python3", str(home / "mma.py"), "-f", str(target), str(source)]
-        done = subprocess.run(command, cwd=home, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=home, capture_output=True, timeout=600, check=False)
         if done.returncode or not target.exists():
             return None
         notes = read_midi(target, BARS * groove.beats_per_bar * STEPS_PER_BEAT)
@@ -349,30 +354,35 @@ def load_songs(path: Path) -> list[Song]:
     ]
 
 
-def main() -> None:
-    """Writes files of 100 songs each until `--songs` are made; a file that exists is skipped."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mma", type=Path, default=Path("/usr/share/mma"))
-    parser.add_argument("--songs", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(".cache/training/songs"))
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    home = prepare_mma(arguments.mma, arguments.out)
-    grooves = groove_files(home)
-    for part in range(arguments.songs // 100):
-        seed = arguments.seed + part
-        path = arguments.out / f"songs-{seed:04}.npz"
+def make_songs(mma: Path, folder: Path, count: int) -> None:
+    """Fills the folder with files of 100 songs each until it holds `count`; file n has seed n."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in itertools.count():
+        if len(list(folder.glob("songs-????.npz"))) * FILE_SONGS >= count:
+            return
+        path = folder / f"songs-{seed:04}.npz"
         if path.exists():
             continue
+        home = prepare_mma(mma, folder)
+        grooves = groove_files(home)
         rng, songs = random.Random(seed), list[Song]()
-        while len(songs) < 100:
+        while len(songs) < FILE_SONGS:
             song = make_song(home, rng.choice(grooves), rng)
             if song is not None:
                 songs.append(song)
         save_songs(path.with_suffix(".partial.npz"), songs)
         path.with_suffix(".partial.npz").rename(path)
         print(path, flush=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mma", type=Path, default=MMA)
+    parser.add_argument("--songs", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path(".cache/training/songs"))
+    arguments = parser.parse_args()
+    make_songs(arguments.mma, arguments.out, arguments.songs)
 
 
 if __name__ == "__main__":

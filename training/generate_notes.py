@@ -1,6 +1,6 @@
 """band songs -> generator: trains the transformer that writes bars under given chords.
 
-One command, resumable, on CPU or CUDA, over the songs of `training/band_songs.py`:
+One command, resumable, on CPU or CUDA; songs are made first (Debian package `mma`):
 
     python -m training.generate_notes --minutes 84 --threads 1
 
@@ -45,7 +45,7 @@ from remix.note_tokens import (
     encode_header,
     nearest_duration_steps,
 )
-from training.band_songs import Song, load_songs
+from training.band_songs import MMA, Song, load_songs, make_songs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,7 +65,7 @@ class TrainingOptions:
 
     data: Path
     out: Path
-    minutes: float = 70.0
+    minutes: float = 84.0
     steps: int = 1_000_000
     batch: int = 2
     learning_rate: float = 3e-3
@@ -411,15 +411,18 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(".cache/training/songs"))
+    parser.add_argument("--mma", type=Path, default=MMA)
+    parser.add_argument("--songs", type=int, default=1000, help="make songs up to this many")
     parser.add_argument("--out", type=Path, default=Path(".cache/training/generate_notes"))
-    parser.add_argument("--minutes", type=float, default=70.0)
+    parser.add_argument("--minutes", type=float, default=84.0)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(TrainingOptions(**vars(parser.parse_args())))
-    trainer.run()
+    arguments = vars(parser.parse_args())
+    make_songs(arguments.pop("mma"), arguments["data"], arguments.pop("songs"))
+    Trainer(TrainingOptions(**arguments)).run()
 
 
 if __name__ == "__main__":
