@@ -91,6 +91,8 @@ def frame_level_db(samples: Floats) -> Floats:
         [T / 160].
     """
     n_frames = len(samples) // FRAME_SAMPLES
+    if not n_frames:
+        return np.zeros(0, np.float32)
     frames = samples[: n_frames * FRAME_SAMPLES].reshape(n_frames, FRAME_SAMPLES)
     power = np.square(frames.astype(np.float64)).mean(axis=1)
     smooth = np.convolve(np.pad(power, 1, mode="edge"), np.full(3, 1 / 3), mode="valid")

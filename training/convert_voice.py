@@ -41,15 +41,15 @@ class TrainingOptions:
 
     steps: int = 6000
     batch: int = 8
-    chunk_frames: int = 128  # seen by the encoders: 1.28 s
-    slice_frames: int = 64  # of these, decoded
-    learning_rate: float = 6e-4
-    final_learning_rate: float = 3e-5
-    warmup_steps: int = 200
+    chunk_frames: int = 96  # seen by the encoders: 0.96 s
+    slice_frames: int = 48  # of these, decoded
+    learning_rate: float = 1.2e-3
+    final_learning_rate: float = 5e-5
+    warmup_steps: int = 50
     mel_weight: float = 45.0  # as VITS
     kl_weight: float = 1.0
     prior_noise_scale: float = 0.35  # so-vits-svc-fork's default in conversion
-    n_prior: int = 6  # of the batch, decoded from the prior
+    n_prior: int = 7  # of the batch, decoded from the prior
     speaker_weights: tuple[float, ...] = ()  # how often each is drawn; empty: alike
     copies: int = 5
     seed: int = 1
@@ -62,14 +62,14 @@ class TrainingOptions:
             "n_layers": 3,
             "kernel_size": 3,
             "p_dropout": 0.1,
-            # HiFi-GAN's cheapest generator, V3, for 160 samples a frame
+            # HiFi-GAN's cheapest generator, V3, with two stages: 2 kHz and 16 kHz
             "type_": "hifi-gan",
             "resblock": "2",
             "resblock_kernel_sizes": [3, 5, 7],
             "resblock_dilation_sizes": [[1, 2], [2, 6], [3, 12]],
-            "upsample_rates": [10, 4, 4],
-            "upsample_kernel_sizes": [20, 8, 8],
-            "upsample_initial_channel": 256,
+            "upsample_rates": [20, 8],
+            "upsample_kernel_sizes": [40, 16],
+            "upsample_initial_channel": 128,
             "gin_channels": 64,
             "ssl_dim": 384,
             "sampling_rate": SAMPLE_RATE_HZ,
@@ -154,6 +154,9 @@ class MelLoss(nn.Module):
 class VoiceTrainer(nn.Module):
     """SynthesizerTrn with the two decoding paths of training."""
 
+    content_mean: Tensor
+    content_scale: Tensor
+
     def __init__(self, options: TrainingOptions, n_speakers: int) -> None:
         super().__init__()
         self.options = options
@@ -162,10 +165,21 @@ class VoiceTrainer(nn.Module):
         self.coarse = fork_module("f0").f0_to_coarse
         self.kl = fork_module("modules.losses").kl_loss
         self.mel_loss = MelLoss()
+        prepare_decoder(self.net.dec)
+        channels = options.network["ssl_dim"]
+        self.register_buffer("content_mean", torch.zeros(channels, 1))
+        self.register_buffer("content_scale", torch.ones(channels, 1))
+
+    def standardise(self, stream: Stream) -> None:
+        """Learns how to shift and scale content: some channels are 20 times as loud as others."""
+        some = torch.from_numpy(stream.content[0][:20000].astype(np.float32))
+        self.content_mean.copy_(some.mean(0)[:, None])
+        self.content_scale.copy_(some.std(0)[:, None])
 
     def prior(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sample, mean and log deviation of the latent, from content and F0 alone."""
-        content = self.net.pre(batch.content) * mask
+        content = (batch.content - self.content_mean) / self.content_scale
+        content = self.net.pre(content) * mask
         voicing = self.net.emb_uv(batch.voiced.long()).transpose(1, 2)
         pitch = self.coarse(batch.f0_hz * batch.voiced)
         scale = self.options.prior_noise_scale
@@ -215,6 +229,7 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)
     trainer = VoiceTrainer(options, len(names)).to(device)
+    trainer.standardise(streams[0])
     used = [p for name, p in trainer.net.named_parameters() if not name.startswith("f0_decoder")]
     optimizer = torch.optim.AdamW(used, options.learning_rate, betas=(0.8, 0.99), eps=1e-9)
     curves: list[dict[str, float]] = []
@@ -222,7 +237,7 @@ def train(
     checkpoint_path = out / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = torch.load(checkpoint_path, weights_only=True, map_location=device)
-        trainer.net.load_state_dict(checkpoint["network"])
+        trainer.load_state_dict(checkpoint["trainer"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         curves, step = checkpoint["curves"], checkpoint["step"]
         print(f"resumed at step {step}", flush=True)
@@ -259,7 +274,8 @@ def train(
             sums, counted, since = np.zeros(2), 0, time.monotonic()
         if step % 100 == 0 or step == options.steps:
             state = {
-                "network": trainer.net.state_dict(),
+                "network": fold_standardisation(trainer),
+                "trainer": trainer.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "curves": curves,
                 "step": step,
@@ -267,6 +283,42 @@ def train(
             torch.save(state, checkpoint_path.with_suffix(".new"))
             checkpoint_path.with_suffix(".new").replace(checkpoint_path)
             plot_curves(curves, out / "curves.png")
+
+
+def prepare_decoder(decoder: Any) -> None:
+    """Starts the decoder where excitation and content are equally loud.
+
+    Its own start has weights of 0.01: content reaches the last stage at 0.2 % of the excitation,
+    the excitation may lack its fundamental, and for a thousand steps the decoder hums at the
+    frame rate instead of the pitch. Here the excitation has all harmonics, and upsampling
+    interpolates between frames.
+    """
+    with torch.no_grad():
+        decoder.m_source.l_linear.weight.fill_(5.0)
+        decoder.m_source.l_linear.bias.zero_()
+        for up in decoder.ups:
+            n_in, n_out, kernel = up.weight_v.shape
+            triangle = 1.0 - torch.linspace(-1.0, 1.0, kernel + 2)[1:-1].abs()
+            up.weight_v.copy_(torch.randn(n_in, n_out, 1) * n_in**-0.5 * triangle)
+            up.weight_g.copy_(up.weight_v.norm(dim=(1, 2), keepdim=True))
+        for block in decoder.resblocks:
+            for conv in block.convs:
+                _start_conv(conv, 0.5)
+        _start_conv(decoder.conv_post, 0.3)
+
+
+def _start_conv(conv: Any, gain: float) -> None:
+    fan_in = conv.weight_v.shape[1] * conv.weight_v.shape[2]
+    conv.weight_v.normal_(0.0, gain * fan_in**-0.5)
+    conv.weight_g.copy_(conv.weight_v.norm(dim=(1, 2), keepdim=True))
+
+
+def fold_standardisation(trainer: VoiceTrainer) -> dict[str, Tensor]:
+    """The network's state for content as the encoder makes it."""
+    state: dict[str, Tensor] = trainer.net.state_dict()
+    weight = state["pre.weight"] / trainer.content_scale
+    bias = state["pre.bias"] - (weight * trainer.content_mean).sum(dim=(1, 2))
+    return {**state, "pre.weight": weight, "pre.bias": bias}
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
