@@ -43,7 +43,10 @@ def serve_forever(host: str, port: int) -> int:
 
     Interrupts reach the server too, being in the same process group: it stops by itself.
     """
-    with subprocess.Popen(command(host, port), cwd=ROOT) as server:
+    with (
+        _bentoml_home() as environment,
+        subprocess.Popen(command(host, port), cwd=ROOT, env=environment) as server,
+    ):
         signal.signal(signal.SIGTERM, lambda *_: server.terminate())
         while True:
             try:
@@ -66,10 +69,11 @@ def local_server(notify: Callable[[str], None]) -> Iterator[str]:
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     notify("No server is running: starting one for this call (`philharmonics serve` keeps one).")
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, _bentoml_home() as environment:
         server = subprocess.Popen(
             command("127.0.0.1", port),
             cwd=ROOT,
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -83,6 +87,16 @@ def local_server(notify: Callable[[str], None]) -> Iterator[str]:
         finally:
             signal.signal(signal.SIGTERM, previous)
             _stop(server)
+
+
+@contextmanager
+def _bentoml_home() -> Iterator[dict[str, str]]:
+    """An environment with a BentoML home of its own.
+
+    BentoML empties the metrics folder in its home at every start, another server's too.
+    """
+    with tempfile.TemporaryDirectory(prefix="philharmonics-", ignore_cleanup_errors=True) as home:
+        yield {**os.environ, "BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True"}
 
 
 def _await_ready(server: subprocess.Popen[bytes], url: str, log: TextIO) -> None:
