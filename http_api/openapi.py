@@ -38,11 +38,11 @@ class Problem(BaseModel):
 
 
 _DETAILS: Mapping[str, str] = {
-    "invalid-input": "The file of 4 bytes is no whole MIDI file: export it again.",
-    "invalid-audio": "The file is empty (0 bytes): send an audio file.",
+    "invalid-audio": "The file is empty (0 bytes); at least 1 is needed. Send an audio file.",
+    "invalid-notes": "The file has 0 notes; at least 1 is needed.",
     "invalid-option": "Option temperature is 5: Input should be less than or equal to 2.",
-    "limit-exceeded": "The audio is longer than 600 s, the most that is taken: cut it first.",
-    "not-found": "There is no voice 'nobody': GET /v1/voices lists them.",
+    "limit-exceeded": "The audio is 601 s long; at most 600 s are taken. Cut it first.",
+    "not-found": "There is no voice 'nobody'; there are opera. Use one of these names.",
     "queue-full": "2 remixes are running, and this service runs at most 2 at once.",
     "deadline-exceeded": "The work was not done after 3600 s, which is the service's limit.",
     "runner-unavailable": "The runner convert_voice failed: start it, or wait until it is ready.",

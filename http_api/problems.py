@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from remix import errors
+from remix.errors import excerpt
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -42,8 +43,8 @@ class Kind:
 INTERNAL = Kind(500, "internal", "The service failed")
 
 PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
-    errors.InvalidInput: Kind(422, "invalid-input", "The input cannot be used"),
     errors.InvalidAudio: Kind(422, "invalid-audio", "The audio cannot be used"),
+    errors.InvalidNotes: Kind(422, "invalid-notes", "The notes cannot be used"),
     errors.InvalidOption: Kind(422, "invalid-option", "An option is wrong"),
     errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
     errors.NotFound: Kind(404, "not-found", "No such voice or model"),
@@ -132,9 +133,9 @@ def problem(error: Exception) -> JSONResponse:
         "status": kind.status,
         "detail": detail,
     }
-    for member in ("value", "limit", "remedy"):
-        if (found := getattr(error, member, None)) is not None:
-            body[member] = found
+    if isinstance(error, errors.RemixError | Refusal):
+        members = {"value": error.value, "limit": error.limit, "remedy": error.remedy}
+        body.update({name: found for name, found in members.items() if found is not None})
     headers = dict(getattr(error, "headers", None) or {})
     if kind.retry_after_s is not None:
         headers.setdefault("Retry-After", str(kind.retry_after_s))
@@ -148,7 +149,8 @@ def framework_refusal(
     path, method = request.url.path, request.method
     if status == 404:
         remedy = "GET /openapi.json lists every route."
-        return Refusal(404, f"There is nothing at {path}. {remedy}", value=path, remedy=remedy)
+        detail = f"There is nothing at {path}. {remedy}"
+        return Refusal(404, detail, value=path, limit="a route of /openapi.json", remedy=remedy)
     if status == 405:
         allowed = next((v for k, v in headers.items() if k.lower() == "allow"), "another method")
         return Refusal(
@@ -161,8 +163,16 @@ def framework_refusal(
         )
     if status == 503:
         remedy = "Wait until every runner is ready; GET /readyz answers 200 then."
-        return Refusal(503, f"The service is not ready. {remedy}", value=path, remedy=remedy)
-    return Refusal(status, detail, headers=headers)
+        detail = f"The service is not ready. {remedy}"
+        return Refusal(503, detail, value="not ready", limit="ready", remedy=remedy)
+    return Refusal(
+        status,
+        detail,
+        value=excerpt(detail or status),
+        limit="a request as /openapi.json describes it",
+        remedy="Compare the request with GET /openapi.json.",
+        headers=headers,
+    )
 
 
 async def answer_problem(request: Request, error: Exception) -> JSONResponse:
@@ -170,7 +180,13 @@ async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        error = Refusal(422, f"{name}: {first['msg']}.", value=first.get("input"), limit=name)
+        error = Refusal(
+            422,
+            f"{name} is {excerpt(first.get('input'))!r}: {first['msg']}.",
+            value=excerpt(first.get("input")),
+            limit=first["msg"],
+            remedy=f"Send {name} as GET /openapi.json describes it.",
+        )
     if isinstance(error, HTTPException) and not isinstance(error, Refusal):
         error = framework_refusal(error.status_code, error.detail, request, error.headers or {})
     if kind_of(error).status >= 500:

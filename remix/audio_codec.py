@@ -25,6 +25,7 @@ import soundfile
 
 from remix import errors
 from remix.audio import Audio, Samples
+from remix.audio_container import EXPORT_AGAIN
 from remix.audio_decoder import REFUSED, DecoderLimits, StreamHeader
 from remix.errors import InvalidAudio, LimitExceeded, RemixError
 from remix.resample import StreamingResampler, to_stereo
@@ -79,14 +80,22 @@ async def decode(path: Path, limits: Limits | None = None, new_hz: int | None = 
     """
     limits = limits or Limits()
     if not path.is_file():
-        raise InvalidAudio(f"There is no file {path}: give the path of an audio file.")
+        raise InvalidAudio(
+            f"There is no file {path}; an audio file is needed.",
+            value=str(path),
+            limit="an audio file",
+            remedy="Give the path of one.",
+        )
     try:
         async with asyncio.timeout(limits.wall_s), _decoder(path, limits) as process:
             return await _collect(process, limits, new_hz)
     except TimeoutError as error:
         raise LimitExceeded(
-            f"The file took longer than {limits.wall_s:.0f} s to decode: it is too long, or "
-            "damaged; cut it, or export it again."
+            f"The file took longer than {limits.wall_s:.0f} s to decode, the most that is taken: "
+            "it is too long, or damaged.",
+            value=f"longer than {limits.wall_s:.0f} s",
+            limit=limits.wall_s,
+            remedy="Cut it, or export it again.",
         ) from error
 
 
@@ -182,16 +191,22 @@ async def _refusal(process: Process, limits: Limits) -> RemixError:
     assert process.stderr is not None
     said, status = await process.stderr.read(), await process.wait()
     if status == REFUSED:
-        name, message = json.loads(said)
-        refused: RemixError = getattr(errors, name)(message)
+        name, parts = json.loads(said)
+        refused: RemixError = getattr(errors, name)(**parts)
         return refused
     if status in (-signal.SIGXCPU, -signal.SIGKILL):
         return LimitExceeded(
-            f"The file took more than {limits.cpu_s} s of processor time to decode: it is too "
-            "long, or damaged; cut it, or export it again."
+            f"The file took more than {limits.cpu_s} s of processor time, the limit, to decode: "
+            "it is too long, or damaged.",
+            value=f"more than {limits.cpu_s} s",
+            limit=limits.cpu_s,
+            remedy="Cut it, or export it again.",
         )
     return InvalidAudio(
-        f"The file made the decoder stop (status {status}): it is damaged; export it again."
+        f"The file made the decoder stop with status {status} instead of 0: it is damaged.",
+        value=status,
+        limit=0,
+        remedy=EXPORT_AGAIN,
     )
 
 
@@ -218,16 +233,24 @@ class _Stream:
         samples = np.frombuffer(block, np.float32).reshape(-1, self._header.channels).T
         rate_hz = self._header.sample_rate_hz
         if not np.isfinite(samples).all():
-            first = int(np.flatnonzero(~np.isfinite(samples).all(axis=0))[0])
+            wrong = ~np.isfinite(samples)
+            first = int(np.flatnonzero(wrong.any(axis=0))[0])
+            value = str(samples[wrong][0])
             raise InvalidAudio(
-                f"The audio has samples that are not numbers (NaN or infinite; the first at "
-                f"{(self._seen + first) / rate_hz:.3f} s): export it again."
+                f"The audio has samples that are not numbers ({value}; the first at "
+                f"{(self._seen + first) / rate_hz:.3f} s); all must be finite.",
+                value=value,
+                limit="finite numbers",
+                remedy=EXPORT_AGAIN,
             )
         self._seen += samples.shape[1]
         if self._seen > self._limits.duration_s * rate_hz:
             raise LimitExceeded(
                 f"The audio is longer than {self._limits.duration_s:.0f} s, the most that is "
-                "taken (decoding was stopped there): cut it first."
+                "taken (decoding was stopped there).",
+                value=f"longer than {self._limits.duration_s:.0f} s",
+                limit=self._limits.duration_s,
+                remedy="Cut it first.",
             )
         if samples.shape[0] > 2:
             samples = to_stereo(samples, tuple(self._header.speakers))

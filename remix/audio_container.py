@@ -20,6 +20,10 @@ Bytes = bytes | mmap
 
 ACCEPTED = "WAV, FLAC, MP3, OGG (Vorbis, Opus), M4A or AAC"
 
+EXPORT_AGAIN = "Export it again."
+
+UPLOAD_WHOLE = "Upload the whole file."
+
 _SEARCHED_BYTES = 1 << 16
 """How far into a file its first MPEG frame may lie, after a tag or padding."""
 
@@ -31,7 +35,12 @@ def sniff(data: Bytes) -> Container:
         InvalidAudio: an empty file, or none of the accepted containers.
     """
     if len(data) == 0:
-        raise InvalidAudio("The file is empty (0 bytes): send an audio file.")
+        raise InvalidAudio(
+            "The file is empty (0 bytes); at least 1 is needed.",
+            value=0,
+            limit=1,
+            remedy="Send an audio file.",
+        )
     start = _after_id3(data)
     head = data[start : start + 12]
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
@@ -46,9 +55,23 @@ def sniff(data: Bytes) -> Container:
         return "aac"
     if _first_mpeg_frame(data, start) is not None:
         return "mp3"
+    start_of_file = repr(bytes(data[:16]))
     raise InvalidAudio(
-        f"The file is no audio that is known here (it begins with {bytes(data[:16])!r}): "
-        f"send {ACCEPTED}."
+        f"The file is no audio that is known here: it begins with {start_of_file}; known are "
+        f"{ACCEPTED}.",
+        value=start_of_file,
+        limit=ACCEPTED,
+        remedy="Convert it to one of these first.",
+    )
+
+
+def no_samples() -> InvalidAudio:
+    """The refusal of a file without sound."""
+    return InvalidAudio(
+        "The file has 0 samples; at least 1 is needed.",
+        value=0,
+        limit=1,
+        remedy="Send a song with sound.",
     )
 
 
@@ -81,35 +104,57 @@ def _check_wav(data: Bytes) -> None:
         name, size = bytes(data[at : at + 4]), _u32(data, at + 4)
         if name == b"data":
             if frame_bytes == 0:
-                raise InvalidAudio("The WAV file has samples before it says of which format.")
+                raise InvalidAudio(
+                    "The WAV file has 0 format chunks before its samples; 1 is needed.",
+                    value=0,
+                    limit=1,
+                    remedy=EXPORT_AGAIN,
+                )
             _check_wav_data(data, at + 8, long_size or size, rate_hz * frame_bytes)
             return
         if at + 8 + size > len(data):
             raise InvalidAudio(
                 f"The WAV file's chunk {name!r} promises {size} bytes, the file ends after "
-                f"{len(data) - at - 8}: it is damaged or cut; export it again."
+                f"{len(data) - at - 8}: it is damaged or cut.",
+                value=len(data) - at - 8,
+                limit=size,
+                remedy=EXPORT_AGAIN,
             )
         if name == b"fmt ":
             frame_bytes, rate_hz = _wav_format(data, at + 8, size)
         elif name == b"ds64" and size >= 16:
             long_size = int.from_bytes(data[at + 16 : at + 24], "little")
         at += 8 + size + size % 2
-    raise InvalidAudio("The WAV file has no samples (no data chunk): export it again.")
+    raise InvalidAudio(
+        "The WAV file has no samples (0 data chunks); 1 is needed.",
+        value=0,
+        limit=1,
+        remedy=EXPORT_AGAIN,
+    )
 
 
 def _wav_format(data: Bytes, at: int, size: int) -> tuple[int, int]:
     """Bytes of one sample of all channels, and the rate."""
     if size < 16:
-        raise InvalidAudio(f"The WAV file's format chunk has {size} bytes instead of 16 or more.")
+        raise InvalidAudio(
+            f"The WAV file's format chunk has {size} bytes; at least 16 are needed.",
+            value=size,
+            limit=16,
+            remedy=EXPORT_AGAIN,
+        )
     tag, channels, rate_hz = _u16(data, at), _u16(data, at + 2), _u32(data, at + 4)
     frame_bytes, bits = _u16(data, at + 12), _u16(data, at + 14)
     is_pcm = tag in (1, 3, 0xFFFE)
     if min(channels, rate_hz, frame_bytes) == 0 or (
         is_pcm and frame_bytes != channels * ((bits + 7) // 8)
     ):
+        found = f"{channels} channels of {bits} bits at {rate_hz} Hz in {frame_bytes} bytes"
+        needed = "at least 1 of each, and the bytes that these bits need"
         raise InvalidAudio(
-            f"The WAV file's header is nonsense ({channels} channels of {bits} bits at {rate_hz} "
-            f"Hz in {frame_bytes} bytes): export it again."
+            f"The WAV file's header is nonsense: {found}, instead of {needed}.",
+            value=found,
+            limit=needed,
+            remedy=EXPORT_AGAIN,
         )
     return frame_bytes, rate_hz
 
@@ -121,18 +166,24 @@ def _check_wav_data(data: Bytes, at: int, promised: int, bytes_per_s: int) -> No
     if streamed and there > 0:
         return
     if promised == 0 or there == 0:
-        raise InvalidAudio("The WAV file has 0 samples: send a song with sound.")
+        raise no_samples()
     if promised > there:
         raise InvalidAudio(
             f"The WAV file's header promises {promised} bytes of samples, the file has {there}: "
-            "it was cut, or its header is wrong; export or upload it again."
+            "it was cut, or its header is wrong.",
+            value=there,
+            limit=promised,
+            remedy="Export or upload it again.",
         )
     rest = at + promised + promised % 2
     left_over = len(data) - rest
     if left_over > bytes_per_s and not _is_chunk_name(bytes(data[rest : rest + 4])):
         raise InvalidAudio(
             f"The WAV file's header promises {promised} bytes of samples, and {left_over} bytes "
-            "of no known kind follow: its header is wrong; export it again."
+            f"of no known kind follow; at most {bytes_per_s} may: its header is wrong.",
+            value=left_over,
+            limit=bytes_per_s,
+            remedy=EXPORT_AGAIN,
         )
 
 
@@ -225,20 +276,30 @@ def _is_end_tag(data: Bytes, at: int) -> bool:
 def _check_mp3(data: Bytes) -> None:
     first = _first_mpeg_frame(data, _after_id3(data))
     if first is None:
-        raise InvalidAudio("The MP3 file has no frame: it is damaged; export it again.")
+        raise InvalidAudio(
+            "The MP3 file has 0 frames; at least 1 is needed: it is damaged.",
+            value=0,
+            limit=1,
+            remedy=EXPORT_AGAIN,
+        )
     promised = _xing_frames(data, first)
     count, last = 0, first
     for frame in _mpeg_frames(data, first):
         count, last = count + 1, frame
     if last.at + last.size > len(data):
         raise InvalidAudio(
-            f"The MP3 file is truncated: its last frame, {last.size} bytes at byte {last.at}, "
-            f"runs past the file's end at byte {len(data)}; upload the whole file."
+            f"The MP3 file is truncated: its last frame ends at byte {last.at + last.size}, the "
+            f"file at byte {len(data)}.",
+            value=len(data),
+            limit=last.at + last.size,
+            remedy=UPLOAD_WHOLE,
         )
     if promised is not None and count < promised:
         raise InvalidAudio(
-            f"The MP3 file is truncated: its header promises {promised} frames, it has {count}; "
-            "upload the whole file."
+            f"The MP3 file is truncated: its header promises {promised} frames, it has {count}.",
+            value=count,
+            limit=promised,
+            remedy=UPLOAD_WHOLE,
         )
 
 
@@ -292,8 +353,11 @@ def _check_ogg(data: Bytes) -> None:
         end = table_end + sum(data[at + 27 : table_end])
         if table_end > len(data) or end > len(data):
             raise InvalidAudio(
-                f"The OGG file is truncated: its last page, at byte {at}, runs past the file's "
-                f"end at byte {len(data)}; upload the whole file."
+                f"The OGG file is truncated: its last page ends at byte {max(end, table_end)} or "
+                f"later, the file at byte {len(data)}.",
+                value=len(data),
+                limit=max(end, table_end),
+                remedy=UPLOAD_WHOLE,
             )
         at = end
 

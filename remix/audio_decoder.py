@@ -5,7 +5,7 @@ the memory and the processor time that it is given before it looks at the file, 
 that file, and imports little, so that it starts quickly.
 
     standard output     one line of JSON (`StreamHeader`), then float32 samples, interleaved
-    standard error      one line of JSON (error class, message) if the file is refused
+    standard error      one line of JSON (error class, its parts) if the file is refused
     exit status         0: all decoded; REFUSED: see standard error; else: it died
 """
 
@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NoReturn
 import av
 import numpy as np
 
-from remix.audio_container import ACCEPTED, check_length, sniff
-from remix.errors import InvalidAudio, LimitExceeded, RemixError
+from remix.audio_container import ACCEPTED, UPLOAD_WHOLE, check_length, no_samples, sniff
+from remix.errors import InvalidAudio, LimitExceeded, RemixError, excerpt
 
 REFUSED = 65
 """Exit status of a refusal (EX_DATAERR of sysexits.h)."""
@@ -99,23 +99,41 @@ def decode_file(path: str, limits: DecoderLimits, output: BinaryIO) -> None:
             ) as opened:
                 _decode(opened, limits, output)
         except (av.error.FFmpegError, ValueError, IndexError) as error:
+            whole = f"a whole {container.upper()} file"
             raise InvalidAudio(
-                f"The {container.upper()} file is damaged or cut, and cannot be decoded "
-                f"({error}): export or upload it again."
+                f"The file is damaged or cut, and cannot be decoded ({error}): it is not {whole}.",
+                value=excerpt(str(error)),
+                limit=whole,
+                remedy="Export or upload it again.",
             ) from error
 
 
 def _open_nothing(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
-    raise InvalidAudio(f"The file refers to another file ({url!r}): send one whole audio file.")
+    raise InvalidAudio(
+        f"The file refers to another file ({excerpt(url)!r}); only the file itself is read.",
+        value=excerpt(url),
+        limit="the file itself",
+        remedy="Send one whole audio file.",
+    )
 
 
 def _decode(opened: Any, limits: DecoderLimits, output: BinaryIO) -> None:
     if not opened.streams.audio:
-        raise InvalidAudio(f"The file has no audio in it: send {ACCEPTED}.")
+        raise InvalidAudio(
+            "The file has no audio in it (0 streams); at least 1 is needed.",
+            value=0,
+            limit=1,
+            remedy=f"Send {ACCEPTED}.",
+        )
     stream = opened.streams.audio[0]
     codec = stream.codec_context.name if stream.codec_context else "nothing that is known"
     if not (codec in DECODERS or codec.startswith("pcm_")):
-        raise InvalidAudio(f"The file's audio is coded as {codec}: send {ACCEPTED}.")
+        raise InvalidAudio(
+            f"The file's audio is coded as {codec}; known are {ACCEPTED}.",
+            value=codec,
+            limit=ACCEPTED,
+            remedy="Convert it to one of these first.",
+        )
     declared_s = _declared_s(stream, opened)
     check_rate_and_channels(stream.codec_context.rate, stream.codec_context.channels, limits)
     if declared_s is not None:
@@ -142,17 +160,24 @@ def _decode(opened: Any, limits: DecoderLimits, output: BinaryIO) -> None:
                 block = np.ascontiguousarray(converted.to_ndarray(), np.float32)
                 samples += converted.samples
                 output.write(block.data)
-    if broken > max(1, MAX_BROKEN_SHARE * packets):
+    may_break = max(1, int(MAX_BROKEN_SHARE * packets))
+    if broken > may_break:
         raise InvalidAudio(
-            f"The file is damaged: {broken} of its {packets} packets cannot be decoded; "
-            "export or upload it again."
+            f"The file is damaged: {broken} of its {packets} packets cannot be decoded; at most "
+            f"{may_break} may be broken.",
+            value=broken,
+            limit=may_break,
+            remedy="Export or upload it again.",
         )
     if samples == 0:
-        raise InvalidAudio("The file has 0 samples: send a song with sound.")
+        raise no_samples()
     if declared_s is not None and samples / rate_hz < declared_s - MAX_MISSING_S:
         raise InvalidAudio(
             f"The file is truncated: its header promises {declared_s:.2f} s, it has "
-            f"{samples / rate_hz:.2f} s; upload the whole file."
+            f"{samples / rate_hz:.2f} s.",
+            value=round(samples / rate_hz, 2),
+            limit=round(declared_s, 2),
+            remedy=UPLOAD_WHOLE,
         )
 
 
@@ -179,8 +204,10 @@ def check_duration(duration_s: float, limits: DecoderLimits) -> None:
     """
     if duration_s > limits.duration_s:
         raise LimitExceeded(
-            f"The audio is {duration_s:.0f} s long; at most {limits.duration_s:.0f} s are taken: "
-            "cut it first."
+            f"The audio is {duration_s:.0f} s long; at most {limits.duration_s:.0f} s are taken.",
+            value=round(duration_s),
+            limit=limits.duration_s,
+            remedy="Cut it first.",
         )
 
 
@@ -193,12 +220,17 @@ def check_rate_and_channels(rate_hz: int, channels: int, limits: DecoderLimits) 
     if not limits.min_rate_hz <= rate_hz <= limits.max_rate_hz:
         raise LimitExceeded(
             f"The audio's sample rate is {rate_hz} Hz; {limits.min_rate_hz} to "
-            f"{limits.max_rate_hz} Hz are taken: resample it first."
+            f"{limits.max_rate_hz} Hz are taken.",
+            value=rate_hz,
+            limit=[limits.min_rate_hz, limits.max_rate_hz],
+            remedy="Resample it first.",
         )
     if channels > limits.max_channels:
         raise LimitExceeded(
-            f"The audio has {channels} channels; at most {limits.max_channels} are taken: "
-            "mix it down first."
+            f"The audio has {channels} channels; at most {limits.max_channels} are taken.",
+            value=channels,
+            limit=limits.max_channels,
+            remedy="Mix it down first.",
         )
 
 
@@ -219,11 +251,15 @@ def _main() -> int:
         sys.stdout.buffer.flush()
     except (RemixError, MemoryError) as error:
         if isinstance(error, MemoryError):
+            mib = limits.memory_bytes >> 20
             error = LimitExceeded(
-                f"The file needs more than {limits.memory_bytes >> 20} MiB to decode: "
-                "it is damaged, or not a song; export it again."
+                f"The file needs more than {mib} MiB, the limit, to decode: it is damaged, or not "
+                "a song.",
+                value=f"more than {mib} MiB",
+                limit=mib,
+                remedy="Export it again.",
             )
-        sys.stderr.write(json.dumps([type(error).__name__, str(error)]))
+        sys.stderr.write(json.dumps([type(error).__name__, error.parts()]))
         return REFUSED
     return 0
 

@@ -15,7 +15,7 @@ from remix.audio import Audio, Samples
 from remix.audio_codec import Limits, decode
 from remix.beats import find_beats
 from remix.convert_voice import Vocal, convert_voice
-from remix.errors import InvalidInput, LimitExceeded
+from remix.errors import InvalidNotes, LimitExceeded
 from remix.generate_notes import HeardNotes, generate_notes, plan_song
 from remix.generate_notes import join_chunks as join_notes
 from remix.loudness import master
@@ -208,11 +208,18 @@ class Composer:
         tracks = read_notes(notes)
         duration_s, limit_s = end_of(tracks), self._limits.duration_s
         if duration_s == 0.0:
-            raise InvalidInput("The file has 0 notes; send at least one.")
+            raise InvalidNotes(
+                "The file has 0 notes; at least 1 is needed.",
+                value=0,
+                limit=1,
+                remedy="Send at least one note of one of the known instruments.",
+            )
         if duration_s > limit_s:
             raise LimitExceeded(
-                f"The notes end at {duration_s:.0f} s; at most {limit_s:.0f} s are taken: cut "
-                "them first."
+                f"The notes end at {duration_s:.0f} s; at most {limit_s:.0f} s are taken.",
+                value=round(duration_s),
+                limit=limit_s,
+                remedy="Cut them first.",
             )
         return tracks, duration_s
 
@@ -240,7 +247,7 @@ def read_notes(file: Path) -> Tracks:
     """The notes of an uploaded file: MIDI, or JSON as `remix.note_json` has it.
 
     Raises:
-        InvalidInput: it is neither, or is damaged.
+        InvalidNotes: it is neither, or is damaged.
         LimitExceeded: more notes than are taken.
     """
     data = file.read_bytes()

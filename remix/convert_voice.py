@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remix.audio import Audio, Samples
-from remix.errors import InvalidModel, NotFound
+from remix.errors import InvalidModel, NotFound, excerpt
 from remix.manifest import ModelEntry
 from remix.pitch import PitchTrack, clean_pitch, octaves_to_range
 from remix.resample import StreamingResampler, resample, to_mono
@@ -95,7 +95,12 @@ class Voice:
         """
         names = voice_names(entry)
         if name not in names:
-            raise NotFound(f"Model {entry.name} has no voice {name!r}: use {', '.join(names)}.")
+            raise NotFound(
+                f"Model {entry.name} has no voice {excerpt(name)!r}; it has {', '.join(names)}.",
+                value=excerpt(name),
+                limit=list(names),
+                remedy="Use one of these names.",
+            )
         try:
             facts, voice = entry.facts, entry.facts["voices"][name]
             return cls(

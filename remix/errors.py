@@ -3,6 +3,7 @@
     RemixError
     ├── InvalidInput             the caller can mend it
     │   ├── InvalidAudio         not decodable, damaged, empty, not finite
+    │   ├── InvalidNotes         a MIDI file or JSON of notes that cannot be used
     │   ├── InvalidOption        an option that is unknown or out of range
     │   ├── LimitExceeded        too large, too long, too many channels, a rate out of range
     │   └── NotFound             no such voice or model
@@ -12,15 +13,53 @@
     ├── Cancelled                the caller went away
     └── RunnerUnavailable        a stage's runner cannot be reached, or is not ready
 
-Every message gives the value, the limit and the remedy. Each transport maps every leaf to a
-status in its own table, and a test holds the tables to this tree.
+Every message gives the value, the limit and the remedy, and what a caller meets over HTTP has
+them as attributes too. Each transport maps every leaf to a status in its own table, and a test
+holds the tables to this tree.
 """
 
 from __future__ import annotations
 
+import math
+import reprlib
+from typing import Any
+
 
 class RemixError(Exception):
-    """Base of every error that the project raises on purpose."""
+    """Base of every error that the project raises on purpose.
+
+    >>> str(LimitExceeded("It has 9 channels; at most 8 are taken.", remedy="Mix it down first."))
+    'It has 9 channels; at most 8 are taken. Mix it down first.'
+
+    Args:
+        message: the value and the limit, in a sentence; the error's text is this and the remedy.
+        value: what was found, as JSON has it, in the message's unit.
+        limit: what would have been taken: a bound, [lowest, highest], or the known names.
+        remedy: what to do, a sentence of its own.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        value: object = None,
+        limit: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(f"{message} {remedy}" if remedy else message)
+        self.message = message
+        self.value = value
+        self.limit = limit
+        self.remedy = remedy
+
+    def parts(self) -> dict[str, Any]:
+        """What the error is made of again: `type(error)(**error.parts())`, in another process."""
+        return {
+            "message": self.message,
+            "value": self.value,
+            "limit": self.limit,
+            "remedy": self.remedy,
+        }
 
 
 class InvalidInput(RemixError):
@@ -29,6 +68,10 @@ class InvalidInput(RemixError):
 
 class InvalidAudio(InvalidInput):
     """The audio cannot be decoded, is damaged, empty, or not finite."""
+
+
+class InvalidNotes(InvalidInput):
+    """A MIDI file or JSON of notes is damaged, of another form, or without notes."""
 
 
 class InvalidOption(InvalidInput):
@@ -61,3 +104,25 @@ class Cancelled(RemixError):
 
 class RunnerUnavailable(RemixError):
     """A stage's runner cannot be reached or is not ready."""
+
+
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = 80
+
+
+def excerpt(value: object) -> str | int | float:
+    """A caller's value as an error may repeat it: short, finite, and nothing that JSON lacks.
+
+    >>> excerpt(9), excerpt("nobody"), excerpt(float("nan")), excerpt(None), excerpt([[[]]])
+    (9, 'nobody', 'nan', 'null', '[[[]]]')
+    """
+    if value is None:
+        return "null"
+    # What is not printable may be half a surrogate pair, which no encoding takes.
+    if isinstance(value, str) and len(value) <= _SHORTENED.maxstring and value.isprintable():
+        return value
+    if isinstance(value, int) and abs(value) < 2**64:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return _SHORTENED.repr(value)

@@ -168,7 +168,12 @@ def default_model(manifest: Manifest, stage: Stage, models_dir: Path) -> ModelEn
     """
     found = installed(manifest, stage, models_dir)
     if not found:
-        raise NotFound(f"No model for {stage} is installed in {models_dir}: run `make models`.")
+        raise NotFound(
+            f"0 models for {stage} are installed in {models_dir}; at least 1 is needed.",
+            value=0,
+            limit=1,
+            remedy="Run `make models`.",
+        )
     return found[0]
 
 

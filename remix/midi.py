@@ -14,7 +14,7 @@ import mido
 import numpy as np
 from numpy.typing import NDArray
 
-from remix.errors import InvalidOption
+from remix.errors import InvalidNotes
 from remix.notes import ROLES, BeatGrid, Note, Role, Tracks
 
 PROGRAMS: dict[Role, int] = {
@@ -108,7 +108,7 @@ def read_midi(data: bytes) -> Tracks:
         are told by channel 10 and by program.
 
     Raises:
-        InvalidOption: it is no MIDI file, or a damaged one.
+        InvalidNotes: it is no MIDI file, or a damaged one.
     """
     try:
         file = mido.MidiFile(file=io.BytesIO(data), clip=True)
@@ -119,9 +119,11 @@ def read_midi(data: bytes) -> Tracks:
         for track in file.tracks:
             _read_track(track, clock, tracks)
     except (OSError, EOFError, ValueError, IndexError, KeyError) as error:
-        raise InvalidOption(
-            f"The file of {len(data)} bytes is no whole MIDI file ({error or 'it ends early'}): "
-            "export it again as a Standard MIDI file."
+        raise InvalidNotes(
+            f"The file of {len(data)} bytes is no whole MIDI file ({error or 'it ends early'}).",
+            value=len(data),
+            limit="a whole MIDI file",
+            remedy="Export it again as a Standard MIDI file.",
         ) from error
     return {role: sorted(tracks[role]) for role in ROLES if role in tracks}
 

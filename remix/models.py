@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from remix.convert_voice import Voice, voice_names
-from remix.errors import NotFound
+from remix.errors import NotFound, excerpt
 from remix.manifest import Manifest, ModelEntry, default_model, installed
 from remix.options import RemixOptions
 from remix.separate_stems import Separator
@@ -67,15 +68,30 @@ def _separator(manifest: Manifest, models_dir: Path, name: str) -> ModelEntry:
         return default_model(manifest, "separate_stems", models_dir)
     found = {entry.name: entry for entry in installed(manifest, "separate_stems", models_dir)}
     if name not in found:
-        raise NotFound(f"There is no separator {name!r}: use {', '.join(found) or 'none yet'}.")
+        raise _not_found("separator", name, found)
     return found[name]
 
 
 def _voice(manifest: Manifest, models_dir: Path, name: str) -> Voice:
     found = dict(installed_voices(manifest, models_dir))
     if not found:
-        raise NotFound(f"No voice is installed in {models_dir}: run `make models`.")
+        raise NotFound(
+            f"0 voices are installed in {models_dir}; at least 1 is needed.",
+            value=0,
+            limit=1,
+            remedy="Run `make models`.",
+        )
     chosen = name or next(iter(found))
     if chosen not in found:
-        raise NotFound(f"There is no voice {name!r}: use {', '.join(found)}.")
+        raise _not_found("voice", chosen, found)
     return Voice.of(found[chosen], chosen)
+
+
+def _not_found(what: str, name: str, known: Iterable[str]) -> NotFound:
+    names = list(known)
+    return NotFound(
+        f"There is no {what} {excerpt(name)!r}; there are {', '.join(names) or 'none yet'}.",
+        value=excerpt(name),
+        limit=names,
+        remedy="Use one of these names." if names else "Run `make models`.",
+    )

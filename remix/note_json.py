@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remix.errors import InvalidInput, LimitExceeded
+from remix.errors import InvalidNotes, LimitExceeded, excerpt
 from remix.notes import Note, Role, Tracks
 
 MAX_NOTES = 200_000
@@ -58,7 +58,7 @@ def read_json(text: bytes) -> Tracks:
     """Notes out of JSON text.
 
     Raises:
-        InvalidInput: not JSON, or not of this form.
+        InvalidNotes: not JSON, or not of this form.
         LimitExceeded: more notes than any music has.
     """
     try:
@@ -66,15 +66,22 @@ def read_json(text: bytes) -> Tracks:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(
-            f"The notes are not JSON of this form ({place}: {first['msg']}): send "
-            '{"tracks": {"piano": [{"onset_s": 0, "duration_s": 1, "pitch": 60}]}}, or a MIDI file.'
+        value = excerpt(first["input"])
+        raise InvalidNotes(
+            f"The notes are neither a MIDI file nor JSON of the known form: "
+            f"{excerpt(place) or 'the file'} is {value!r}: {first['msg']}.",
+            value=value,
+            limit=first["msg"],
+            remedy='Send {"tracks": {"piano": [{"onset_s": 0, "duration_s": 1, "pitch": 60}]}}, '
+            "or a MIDI file.",
         ) from error
     count = sum(len(track) for track in facts.tracks.values())
     if count > MAX_NOTES:
         raise LimitExceeded(
-            f"There are {count} notes; at most {MAX_NOTES} are taken: send fewer, or a part of "
-            "the song."
+            f"There are {count} notes; at most {MAX_NOTES} are taken.",
+            value=count,
+            limit=MAX_NOTES,
+            remedy="Send fewer, or a part of the song.",
         )
     return {
         name: [Note(n.onset_s, n.duration_s, n.pitch, n.velocity) for n in track]

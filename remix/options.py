@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remix.errors import InvalidOption
+from remix.errors import InvalidOption, excerpt
 from remix.notes import ROLES, Role
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
@@ -78,6 +78,9 @@ class RemixOptions(SeparateOptions, GenerateOptions, ConvertOptions, MixOptions)
     """Of the whole flow: those of every stage together."""
 
 
+_EXAMPLE = 'Send an object like {"seed": 1}.'
+
+
 def parse_options(kind: type[AnyOptions], text: str | None) -> AnyOptions:
     """JSON text -> options; nothing means all defaults.
 
@@ -86,18 +89,49 @@ def parse_options(kind: type[AnyOptions], text: str | None) -> AnyOptions:
     """
     try:
         table: Any = json.loads(text) if text else {}
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # Not only JSONDecodeError: an integer of thousands of digits is a plain ValueError.
         raise InvalidOption(
-            f'options is not JSON ({error}): send an object like {{"seed": 1}}.'
+            f"options is {excerpt(text)!r}, which is not JSON ({error}); it must be an object.",
+            value=excerpt(text),
+            limit="a JSON object",
+            remedy=_EXAMPLE,
         ) from error
     if not isinstance(table, dict):
-        raise InvalidOption(f"options is {type(table).__name__}: send a JSON object.")
+        raise InvalidOption(
+            f"options is {excerpt(table)!r}, a {type(table).__name__}; it must be an object.",
+            value=excerpt(table),
+            limit="a JSON object",
+            remedy=_EXAMPLE,
+        )
+    known = list(kind.model_fields)
+    # Before Pydantic, which cannot say which name it is if the name is no proper text.
+    for name in table:
+        if name not in known:
+            raise InvalidOption(
+                f"There is no option {excerpt(name)!r}; there are {', '.join(known)}.",
+                value=excerpt(name),
+                limit=known,
+                remedy="Use one of these names.",
+            )
     try:
         return kind.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            raise InvalidOption(f"There is no option {name!r}: use {known}.") from error
-        raise InvalidOption(f"Option {name} is {first['input']!r}: {first['msg']}.") from error
+        name, value = str(first["loc"][0]), excerpt(first["input"])
+        raise InvalidOption(
+            f"Option {name} is {value!r}: {first['msg']}.",
+            value=value,
+            limit=_range_of(kind, name),
+            remedy="Send a value in this range, or leave the option out.",
+        ) from error
+
+
+def _range_of(kind: type[Options], name: str) -> dict[str, Any]:
+    """What an option may be, in the words of JSON Schema.
+
+    >>> _range_of(GenerateOptions, "top_p")
+    {'exclusiveMinimum': 0.0, 'maximum': 1.0, 'type': 'number'}
+    """
+    schema = kind.model_json_schema()["properties"][name]
+    return {key: schema[key] for key in schema if key not in {"title", "description", "default"}}

@@ -181,8 +181,10 @@ def to_stereo(samples: Samples, speakers: tuple[str, ...] | None = None) -> Samp
 def _stereo_matrix(channels: int, speakers: tuple[str, ...] | None) -> NDArray[np.float32]:
     if not 1 <= channels <= MAX_CHANNELS:
         raise LimitExceeded(
-            f"The audio has {channels} channels; 1 to {MAX_CHANNELS} are taken: "
-            "mix it down to stereo first."
+            f"The audio has {channels} channels; 1 to {MAX_CHANNELS} are taken.",
+            value=channels,
+            limit=[1, MAX_CHANNELS],
+            remedy="Mix it down to stereo first.",
         )
     if channels == 1:
         return np.ones((2, 1), np.float32)

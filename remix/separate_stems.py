@@ -215,7 +215,12 @@ def _scale_of(song: Samples) -> _Scale:
 def _check(mixture: Audio, separator: Separator) -> None:
     channels, length = mixture.samples.shape
     if length == 0:
-        raise InvalidAudio("The song has 0 samples; at least 1 is needed.")
+        raise InvalidAudio(
+            "The song has 0 samples; at least 1 is needed.",
+            value=0,
+            limit=1,
+            remedy="Send a song with sound.",
+        )
     if channels != 2 or mixture.sample_rate_hz != separator.sample_rate_hz:
         raise InvalidAudio(
             f"Separation was handed {channels} channels at {mixture.sample_rate_hz} Hz; "

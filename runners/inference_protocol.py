@@ -40,6 +40,7 @@ CONTENTS = {
 
 STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.InvalidAudio: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidNotes: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidOption: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,

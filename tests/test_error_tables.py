@@ -45,7 +45,38 @@ def test_problem_of_an_unknown_error_does_not_tell_its_text() -> None:
 
 
 def test_problem_carries_what_the_error_says() -> None:
-    error = errors.LimitExceeded("The audio is longer than 600 s: cut it first.")
+    error = errors.LimitExceeded(
+        "The audio is 601 s long; at most 600 s are taken.",
+        value=601,
+        limit=600,
+        remedy="Cut it first.",
+    )
     body = json.loads(bytes(problem(error).body))
-    assert body["detail"] == str(error)
+    assert body["detail"] == "The audio is 601 s long; at most 600 s are taken. Cut it first."
     assert body["status"] == 413
+    assert (body["value"], body["limit"], body["remedy"]) == (601, 600, "Cut it first.")
+
+
+def test_problem_of_a_foreign_error_does_not_tell_its_value() -> None:
+    error = StopIteration("the password is hunter2")
+    assert b"hunter2" not in bytes(problem(error).body)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_error_made_of_its_parts_is_the_same(leaf: type[errors.RemixError]) -> None:
+    error = leaf("It has 9; at most 8 are taken.", value=9, limit=[1, 8], remedy="Take one away.")
+    again = leaf(**json.loads(json.dumps(error.parts())))
+    assert str(again) == str(error) == "It has 9; at most 8 are taken. Take one away."
+    assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 0, 10**400, 0.5, float("nan"), float("-inf"), "", "a\n", "\ud800", "x" * 10**6,
+     b"\x00" * 10**6, list(range(10**5)), {"a": [[[[[[[[{}]]]]]]]]}],
+)  # fmt: skip
+def test_excerpt_of_anything_goes_into_a_problem(value: object) -> None:
+    found = errors.excerpt(value)
+    body = bytes(problem(errors.InvalidOption("Wrong.", value=found)).body)
+    assert json.loads(body)["value"] == found
+    assert len(body) < 500

@@ -9,7 +9,7 @@ import numpy as np
 import pretty_midi
 import pytest
 
-from remix.errors import InvalidOption
+from remix.errors import InvalidNotes
 from remix.midi import PROGRAMS, read_midi, role_of_program, without_overlaps, write_midi
 from remix.notes import ROLES, BeatGrid, Note, Tracks
 
@@ -107,7 +107,7 @@ def test_overlapping_notes_of_a_pitch_are_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no MIDI at all", b"MThd\0\0\0\6\0\1\0\2\1\xe0MTrk\0\0"])
 def test_midi_that_is_none_is_refused(data: bytes) -> None:
-    with pytest.raises(InvalidOption, match=f"{len(data)} bytes is no whole MIDI file"):
+    with pytest.raises(InvalidNotes, match=f"{len(data)} bytes is no whole MIDI file"):
         read_midi(data)
 
 
@@ -116,5 +116,5 @@ def test_midi_cut_anywhere_is_read_or_refused() -> None:
     for length in range(0, len(data), 7):
         try:
             read_midi(data[:length])
-        except InvalidOption:
+        except InvalidNotes:
             continue

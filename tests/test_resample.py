@@ -98,7 +98,7 @@ def test_downmix_follows_the_speakers_that_the_file_names() -> None:
 
 
 def test_downmix_of_nine_channels_is_refused() -> None:
-    with pytest.raises(LimitExceeded, match=r"9 channels.*1 to 8.*mix it down"):
+    with pytest.raises(LimitExceeded, match=r"9 channels.*1 to 8.*Mix it down"):
         to_stereo(np.zeros((9, 4), np.float32))
 
 
