@@ -37,7 +37,10 @@ class Slots:
         if self.taken >= self._limit:
             raise QueueFull(
                 f"{self.taken} {self._what} are running, and this service runs at most "
-                f"{self._limit} at once. Try again when Retry-After has passed."
+                f"{self._limit} at once.",
+                value=self.taken,
+                limit=self._limit,
+                remedy="Try again when Retry-After has passed.",
             )
         self.taken += 1
         try:
@@ -69,8 +72,10 @@ async def while_wanted(
         if gone.done():
             raise Cancelled("The caller closed the connection before the answer was ready.")
         raise DeadlineExceeded(
-            f"The work was not done after {deadline_s:g} s, which is the service's limit. "
-            "Send a shorter song, or ask for the stages one by one."
+            f"The work was not done after {deadline_s:g} s, which is the service's limit.",
+            value=f"more than {deadline_s:g} s",
+            limit=deadline_s,
+            remedy="Send a shorter song, or ask for the stages one by one.",
         )
     finally:
         for pending in (task, gone):

@@ -63,7 +63,10 @@ class Desk:
         """
         if self._composer is None:
             raise RunnerUnavailable(
-                "The service is starting or stopping: try again when /readyz answers 200."
+                "The service is starting or stopping; it must be ready.",
+                value="not ready",
+                limit="ready",
+                remedy="Try again when GET /readyz answers 200.",
             )
         return self._composer
 
@@ -78,7 +81,10 @@ class Desk:
                         upload = await stack.enter_async_context(read_upload(request, route.part))
                 except TimeoutError as error:
                     raise DeadlineExceeded(
-                        f"The request was not here after {UPLOAD_S:.0f} s: send a smaller file."
+                        f"The request was not here after {UPLOAD_S:.0f} s, the limit.",
+                        value=f"more than {UPLOAD_S:.0f} s",
+                        limit=UPLOAD_S,
+                        remedy="Send a smaller file.",
                     ) from error
                 options = parse_options(route.options, upload.options)
                 work = route.work(self.composer, upload.path, options, media_type, progress)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from http_api.problems import MEDIA_TYPE, Refusal, framework_refusal, problem
-from remix.errors import LimitExceeded, RemixError
+from remix.errors import LimitExceeded, RemixError, excerpt
 
 PICKLE = "application/vnd.bentoml+pickle"
 
@@ -65,7 +65,13 @@ class Guard:
             )
         length = headers.get("content-length", "0")
         if not length.isdecimal():
-            raise Refusal(400, f"Content-Length is {length!r}; it must be a number of bytes.")
+            raise Refusal(
+                400,
+                f"Content-Length is {excerpt(length)!r}; it must be a number of bytes.",
+                value=excerpt(length),
+                limit="a number of bytes",
+                remedy="Send the body's length, or none.",
+            )
         if int(length) > self._max_body_bytes:
             raise self._too_large(int(length))
 
@@ -85,7 +91,10 @@ class Guard:
     def _too_large(self, size_bytes: int) -> LimitExceeded:
         return LimitExceeded(
             f"The request has {size_bytes:,} bytes or more; at most {self._max_body_bytes:,} are "
-            "taken. Send a shorter song, or a compressed one (FLAC, MP3, Opus)."
+            "taken.",
+            value=size_bytes,
+            limit=self._max_body_bytes,
+            remedy="Send a shorter song, or a compressed one (FLAC, MP3, Opus).",
         )
 
 

@@ -104,6 +104,7 @@ class ProgressBoard:
                 f"X-Request-Id {request_id} is that of a request that is still running. "
                 "Give each request its own.",
                 value=request_id,
+                limit="1 request at once with an id",
                 remedy="Give each request its own X-Request-Id.",
             )
         self._ended.pop(request_id, None)
@@ -140,6 +141,7 @@ class ProgressBoard:
             f"No request with X-Request-Id {request_id} is running, and none came within "
             f"{APPEAR_S:.0f} s. Send the id as the header X-Request-Id of the request.",
             value=request_id,
+            limit=f"a request that runs, or comes within {APPEAR_S:.0f} s",
             remedy="Send the id as the header X-Request-Id of the request.",
         )
 

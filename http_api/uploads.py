@@ -49,7 +49,7 @@ async def read_upload(request: Request, part: str) -> AsyncIterator[Upload]:
             415,
             f"The request is {media_type or 'of no type'}; this route takes {FORM} with the file "
             f"{part} and the JSON object options.",
-            value=media_type,
+            value=media_type or "no type",
             limit=FORM,
             remedy=f"Send {FORM}, as `curl -F {part}=@FILE` does.",
         )
@@ -88,6 +88,7 @@ def _file(form: FormData, part: str) -> UploadFile:
             f"The part {part} is text; it must be a file (a part with a filename). Addresses are "
             "not fetched.",
             value=value[:200],
+            limit="a part with a filename",
             remedy=f"Send the file itself, as `curl -F {part}=@FILE` does.",
         )
     return value

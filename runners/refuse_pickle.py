@@ -32,6 +32,7 @@ async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         "status": status,
         "detail": f"{detail} {remedy}",
         "value": media_type.decode("latin-1") if status == 415 else scope["path"],
+        "limit": "Open Inference Protocol over gRPC",
         "remedy": remedy,
     }
     body = json.dumps(problem).encode()
