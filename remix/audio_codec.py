@@ -130,7 +130,8 @@ async def _decoder(path: Path, limits: Limits) -> AsyncIterator[Process]:
         "-P",
         "-m",
         "remix.audio_decoder",
-        str(path.resolve()),
+        # Not resolved: an upload may be a file without a name, open as /proc/PID/fd/N.
+        str(path.absolute()),
         json.dumps(confined),
         stdin=DEVNULL,
         stdout=PIPE,

@@ -93,7 +93,7 @@ class Composer:
         """Song -> remix."""
         models, infer = self._models(options), self._infer_for_song()
         start_s = time.monotonic()
-        audio = await self.decode(song)
+        audio = await self.decode(song, SAMPLE_RATE_HZ)
         decoded_s = time.monotonic()
         made = await remix_song(audio, options, models, infer, progress)
         return MadeRemix(
@@ -190,9 +190,12 @@ class Composer:
         found = (installed(self.manifest, stage, self.models_dir) for stage in STAGES)
         return {models[0].name for models in found if models}
 
-    async def decode(self, song: Path) -> Audio:
-        """The sound of an uploaded file, at its own rate."""
-        return await decode(song, self._limits)
+    async def decode(self, song: Path, new_hz: int | None = None) -> Audio:
+        """The sound of an uploaded file, at its own rate or, resampled as it streams, at another.
+
+        So a song of 192 kHz never takes more memory than one at the mix's rate.
+        """
+        return await decode(song, self._limits, new_hz)
 
     def voices(self) -> list[tuple[str, ModelEntry]]:
         """Every voice that can sing, and the model that it is of; the default first."""
@@ -202,7 +205,7 @@ class Composer:
         return choose_models(self.manifest, self.models_dir, options)
 
     async def _mixture(self, song: Path) -> Audio:
-        return await asyncio.to_thread(to_mixture, await self.decode(song))
+        return await asyncio.to_thread(to_mixture, await self.decode(song, SAMPLE_RATE_HZ))
 
     def _read(self, notes: Path) -> tuple[Tracks, float]:
         tracks = read_notes(notes)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from remix.audio import Audio
 from remix.audio_codec import Format, Limits, decode, encode
 from remix.errors import InvalidAudio, LimitExceeded
+from remix.pipeline import to_mixture
 
 T = TypeVar("T")
 
@@ -132,6 +133,28 @@ def test_decode_resamples_while_it_streams(tmp_path: Path, rate_hz: int) -> None
     expected = sound(2, 2.0)
     # 16-bit file: 3e-5, and the resampler's 80 dB.
     assert np.abs(got.samples - expected)[:, 2_000:-2_000].max() < 5e-4
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 44_100, 48_000, 192_000])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_decode_at_the_mixs_rate_is_the_mixture(
+    tmp_path: Path, rate_hz: int, channels: int
+) -> None:
+    path = write(tmp_path / "song.wav", sound(channels, 1.2345, rate_hz), rate_hz)
+    whole = to_mixture(run(decode(path)))
+    streamed = to_mixture(run(decode(path, new_hz=44_100)))
+    length = sound(channels, 1.2345, rate_hz).shape[1]
+    assert streamed.samples.shape == whole.samples.shape == (2, -(-length * 44_100 // rate_hz))
+    # The same sums of floats, in blocks of another size.
+    assert np.abs(streamed.samples - whole.samples).max() < 1e-6
+
+
+def test_decode_of_a_file_without_a_name_is_its_sound(tmp_path: Path) -> None:
+    path = write(tmp_path / "song.wav", sound(), 44_100)
+    with path.open("rb") as file:
+        path.unlink()
+        got = run(decode(Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")))
+    assert got.samples.shape == (2, 44_100)
 
 
 @pytest.mark.parametrize("unknown", [0, 0xFFFFFFFF])
