@@ -94,8 +94,10 @@ class Runners:
             kind = ERROR_OF_STATUS.get(error.code(), errors.RunnerUnavailable)
             if kind is errors.RunnerUnavailable:
                 raise errors.RunnerUnavailable(
-                    f"The runner {stage} at {self._addresses[stage]} failed: {error.details()}. "
-                    "Start it, or wait until its /readyz answers 200."
+                    f"The runner {stage} at {self._addresses[stage]} failed: {error.details()}.",
+                    value="not ready",
+                    limit="ready",
+                    remedy="Start it, or wait until its /readyz answers 200.",
                 ) from error
             raise kind(error.details()) from error
         outputs = decode_tensors(response.outputs, response.raw_output_contents)
