@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 import soundfile
+from scipy.io import wavfile
 
 from remix import errors
 from remix.audio import Audio, Samples
@@ -106,15 +107,18 @@ def encode(audio: Audio, form: Format) -> bytes:
         audio: [C, T]; what exceeds full scale is clipped, except in `wav`, which holds floats.
         form: see `Format`.
     """
+    file = BytesIO()
+    if form == "wav":
+        # libsndfile stamps files of floats with the time of day; equal sound is equal bytes here.
+        wavfile.write(file, audio.sample_rate_hz, audio.samples.T)
+        return file.getvalue()
     container, subtype = {
-        "wav": ("WAV", "FLOAT"),
         "wav16": ("WAV", "PCM_16"),
         "flac": ("FLAC", "PCM_24"),
         "mp3": ("MP3", "MPEG_LAYER_III"),
     }[form]
     options = {"compression_level": 0.0, "bitrate_mode": "CONSTANT"} if form == "mp3" else {}
-    samples = audio.samples if form == "wav" else np.clip(audio.samples, -1, 1)
-    file = BytesIO()
+    samples = np.clip(audio.samples, -1, 1)
     soundfile.write(
         file, samples.T, audio.sample_rate_hz, format=container, subtype=subtype, **options
     )

@@ -468,6 +468,11 @@ def test_decode_of_encode_is_the_same_sound(tmp_path: Path, form: Format, tolera
     assert np.abs(got.samples - audio.samples)[:, inner].max() <= tolerance
 
 
+def test_encode_of_floats_has_no_time_stamp() -> None:
+    """A PEAK chunk holds the time of day: the same sound would be other bytes a second later."""
+    assert b"PEAK" not in encode(Audio(np.ones((2, 8), np.float32), 44_100), "wav")[:80]
+
+
 def test_encode_of_integers_clips_and_does_not_wrap(tmp_path: Path) -> None:
     path = tmp_path / "song.wav"
     path.write_bytes(encode(Audio(np.full((1, 10), 2.0, np.float32), 44_100), "wav16"))
