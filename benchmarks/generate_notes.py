@@ -296,6 +296,28 @@ def starter_writer() -> BandTransformer:
     return BandTransformer(MODEL, session, session.facts, 8)
 
 
+def quality(
+    writer: BandTransformer, songs: list[Song], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What takes songs of grooves that were trained on, and of grooves that were not."""
+    train = [song for song in songs if not is_held_out(song)]
+    held_out = [song for song in songs if is_held_out(song)]
+    inputs, targets = held_out_sequences(held_out, arguments.sequences)
+    graph = ROOT / "starter/generate_notes.onnx"
+    torch.manual_seed(0)
+    untrained = TorchTransformer(ModelSize())
+    return {
+        "songs": {"trained_on": len(train), "held_out": len(held_out)},
+        "chord_recognition": chord_recognition(held_out[:60]),
+        "chord_agreement": chord_agreements(writer, held_out[: arguments.charts], arguments.bars),
+        "held_out_perplexity": {
+            "starter": round(graph_perplexity(graph, inputs, targets), 3),
+            "untrained": round(torch_perplexity(untrained, inputs, targets), 1),
+            "5-gram": round(ngram_perplexity(train, inputs, targets), 3),
+        },
+    }
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -305,24 +327,17 @@ def main() -> None:
     parser.add_argument("--bars", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    songs = [s for path in sorted(arguments.data.glob("songs-????.npz")) for s in load_songs(path)]
-    train = [song for song in songs if not is_held_out(song)]
-    held_out = [song for song in songs if is_held_out(song)]
     writer = starter_writer()
-    torch.manual_seed(0)
-    result: dict[str, Any] = {
-        "songs": {"trained_on": len(train), "held_out": len(held_out)},
-        "speed": speed(writer),
-        "chord_recognition": chord_recognition(held_out[:60]),
-        "chord_agreement": chord_agreements(writer, held_out[: arguments.charts], arguments.bars),
-    }
-    inputs, targets = held_out_sequences(held_out, arguments.sequences)
-    graph = ROOT / "starter/generate_notes.onnx"
-    result["held_out_perplexity"] = {
-        "starter": round(graph_perplexity(graph, inputs, targets), 3),
-        "untrained": round(torch_perplexity(TorchTransformer(ModelSize()), inputs, targets), 1),
-        "5-gram": round(ngram_perplexity(train, inputs, targets), 3),
-    }
+    result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    result["speed"] = speed(writer)
+    songs = [s for path in sorted(arguments.data.glob("songs-????.npz")) for s in load_songs(path)]
+    if songs:
+        result |= quality(writer, songs, arguments)
+    else:
+        print(
+            f"{arguments.data} has no songs: only the speed is measured. "
+            "python -m training.band_songs makes some."
+        )
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(RESULT.read_text())
