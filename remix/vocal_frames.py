@@ -198,7 +198,7 @@ def follow_loudness(vocal: Floats, original: Floats) -> Floats:
         return vocal
     wanted, found = (_envelope(samples) for samples in (original, vocal))
     # The smoothed envelope reaches into silence; what sounds within 15 ms does not.
-    wanted = np.minimum(wanted, 2.0 * _nearest_peak(original))
+    wanted = np.minimum(wanted, _nearest_peak(original))
     gain = np.minimum(wanted / np.maximum(found, 1e-6), 10.0 ** (MAX_GAIN_DB / 20.0))
     centre = (np.arange(n_frames) + 0.5) * FRAME_SAMPLES
     return np.asarray(vocal * np.interp(np.arange(len(vocal)), centre, gain), np.float32)

@@ -95,7 +95,9 @@ def transcribe(samples: Floats, whisper: Any) -> list[str]:
         log_mel = WhisperEncoder().log_mel(torch.from_numpy(padded)[None]).numpy()
     prompt = [["<|startoftranscript|>", "<|notimestamps|>"]]
     features = ctranslate2.StorageView.from_array(np.ascontiguousarray(log_mel))
-    tokens = whisper.generate(features, prompt, beam_size=1)[0].sequences[0]
+    # Unclear speech sends greedy decoding into loops, which would count as hundreds of errors.
+    options = {"beam_size": 1, "no_repeat_ngram_size": 4}
+    tokens = whisper.generate(features, prompt, **options)[0].sequences[0]
     return re.findall(r"[a-z0-9']+", "".join(tokens).replace("Ġ", " ").lower())
 
 
