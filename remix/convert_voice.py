@@ -179,8 +179,9 @@ async def convert_voice(
         sung = await _sing(analysis, track.shifted(octaves), voice, noise_seed, work)
     finally:
         await work.close()
-    sung = follow_loudness(sung, analysis.samples)
-    samples = resample(sung[None], SAMPLE_RATE_HZ, vocal.sample_rate_hz)
+    sung = await asyncio.to_thread(follow_loudness, sung, analysis.samples)
+    samples = await asyncio.to_thread(resample, sung[None], SAMPLE_RATE_HZ, vocal.sample_rate_hz)
+    work.tell(1.0)
     voiced_hz = track.f0_hz[track.voiced]
     return ConvertedVocal(
         Audio(cut_frames(samples[0], 0, vocal.n_samples)[None], vocal.sample_rate_hz),
@@ -267,7 +268,8 @@ async def _analyse(
     f0_hz = join_windows([window.f0_hz for window in windows], n_frames)
     confidence = join_windows([window.confidence for window in windows], n_frames)
     content = join_windows([window.content for window in windows], -(-n_frames // 2))
-    return Analysis(samples, content, clean_pitch(f0_hz, confidence, level_db), level_db)
+    track = await asyncio.to_thread(clean_pitch, f0_hz, confidence, level_db)
+    return Analysis(samples, content, track, level_db)
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ def clean_pitch(f0_hz: Floats, confidence: Floats, level_db: Floats) -> PitchTra
         level_db: [N], level of the frame in dBFS.
     """
     voiced = voiced_frames(confidence, level_db)
-    f0_hz = correct_octave_slips(f0_hz, voiced)
-    return PitchTrack(interpolate_unvoiced(f0_hz, voiced), voiced)
+    estimated = voiced & (f0_hz > 0)  # the estimator gives 0 where it is at a loss
+    f0_hz = correct_octave_slips(f0_hz, estimated)
+    return PitchTrack(interpolate_unvoiced(f0_hz, estimated), voiced)
 
 
 def voiced_frames(confidence: Floats, level_db: Floats) -> Mask:

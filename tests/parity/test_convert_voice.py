@@ -34,6 +34,11 @@ from runners.convert_voice import VoiceModel
 from runners.onnx_session import OnnxSession
 from training.convert_voice import TrainingOptions
 
+pytestmark = [  # the originals are of their own time
+    pytest.mark.filterwarnings("default::FutureWarning"),
+    pytest.mark.filterwarnings("default::UserWarning"),
+]
+
 SOURCES = MANIFEST_PATH.parent / ".cache" / "sources"
 NOISE_SCALE = 0.35
 MIN_SNR_DB = 50.0
