@@ -31,6 +31,9 @@ UPLOAD_S = 600.0
 WORK_S = 3_000.0
 """How long the work of one request may take: five times the longest song."""
 
+UPLOADS_PER_REMIX = 8
+"""Uploads at once for each remix at once: a slow one takes no slot of the work, but disk."""
+
 STAGE_CALLS_PER_REMIX = 4
 """Calls of single stages that are let in for each remix that is: each holds less."""
 
@@ -45,6 +48,7 @@ class Desk:
     def __init__(self, max_remixes: int) -> None:
         self._composer: Composer | None = None
         self.board = ProgressBoard()
+        self.uploads = Slots(max_remixes * UPLOADS_PER_REMIX, "uploads")
         self.slots = {
             True: Slots(max_remixes, "remixes"),
             False: Slots(max_remixes * STAGE_CALLS_PER_REMIX, "calls of single stages"),
@@ -75,10 +79,15 @@ class Desk:
         with self.board.entry(request.headers.get("x-request-id")) as progress:
             media_type = choose(request.headers.get("accept"), route.offers)
             async with AsyncExitStack() as stack:
-                stack.enter_context(self.slots[route.is_whole_flow].hold())
+                slots = self.slots[route.is_whole_flow]
+                with slots.hold():  # refuse before the upload what would be refused after it
+                    pass
                 try:
-                    async with asyncio.timeout(UPLOAD_S):
-                        upload = await stack.enter_async_context(read_upload(request, route.part))
+                    with self.uploads.hold():
+                        async with asyncio.timeout(UPLOAD_S):
+                            upload = await stack.enter_async_context(
+                                read_upload(request, route.part)
+                            )
                 except TimeoutError as error:
                     raise DeadlineExceeded(
                         f"The request was not here after {UPLOAD_S:.0f} s, the limit.",
@@ -86,6 +95,8 @@ class Desk:
                         limit=UPLOAD_S,
                         remedy="Send a smaller file.",
                     ) from error
+                # Not while it uploads: slow callers would keep the others out.
+                stack.enter_context(slots.hold())
                 options = parse_options(route.options, upload.options)
                 work = route.work(self.composer, upload.path, options, media_type, progress)
                 return await while_wanted(request, work, WORK_S)

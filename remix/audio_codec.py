@@ -35,6 +35,9 @@ Format = Literal["wav", "wav16", "flac", "mp3"]
 """What `encode` writes: WAV of 32-bit floats, WAV of 16-bit integers, FLAC of 24 bits, MP3 of
 320 kbit/s."""
 
+MAX_SAMPLE = 1000.0
+"""Of a float file: 60 dB above full scale is no recording, and far above it squares overflow."""
+
 MEDIA_TYPES: dict[Format, str] = {
     "wav": "audio/wav",
     "wav16": "audio/wav",
@@ -247,6 +250,15 @@ class _Stream:
                 value=value,
                 limit="finite numbers",
                 remedy=EXPORT_AGAIN,
+            )
+        peak = float(np.abs(samples).max(initial=0.0))
+        if peak > MAX_SAMPLE:
+            raise InvalidAudio(
+                f"The audio has a sample of {peak:.3g}, where full scale is 1; at most "
+                f"{MAX_SAMPLE:.0f} is taken.",
+                value=peak,
+                limit=MAX_SAMPLE,
+                remedy="Export it again with its level within full scale.",
             )
         self._seen += samples.shape[1]
         if self._seen > self._limits.duration_s * rate_hz:

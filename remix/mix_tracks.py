@@ -52,6 +52,10 @@ MIN_BALANCE_LU, MAX_BALANCE_LU = -3.0, 6.0
 """Bounds of the vocal's loudness beside the band's, a choice: a singer further down is hard to
 understand, one further up stands alone."""
 
+NO_VOCAL_LU = -18.0
+"""A vocal stem so far below the accompaniment is what leaked into it, not a singer: it is not
+lifted. Songs with a singer lie above -6."""
+
 DEFAULT_BALANCE_LU = 1.0
 """Where the original has no vocal or no accompaniment to measure."""
 
@@ -100,6 +104,7 @@ class MixReport:
         balance_lu: loudness of the remix's vocal beside its band.
         loudness_lufs: of the remix.
         true_peak_db: of the remix, dBTP.
+        warnings: what was left out, and why.
     """
 
     vocal_lag_ms: float
@@ -108,6 +113,7 @@ class MixReport:
     balance_lu: float | None
     loudness_lufs: float | None
     true_peak_db: float | None
+    warnings: tuple[str, ...] = ()
 
 
 def mix_tracks(parts: MixParts, options: MixOptions) -> tuple[Audio, MixReport]:
@@ -118,8 +124,8 @@ def mix_tracks(parts: MixParts, options: MixOptions) -> tuple[Audio, MixReport]:
         options: loudness, and the vocal's level beside what was found.
 
     Returns:
-        [2, T] at 44.1 kHz, finite, its true peak at most -1 dBTP; and the report. Silence in,
-        silence out.
+        [2, T] at 44.1 kHz, finite, its true peak at most -1 dBTP; and the report. Where every
+        part is silent, so is the mix.
     """
     length = parts.length_samples
     original_vocal = fit(parts.original_vocal, length)
@@ -130,7 +136,15 @@ def mix_tracks(parts: MixParts, options: MixOptions) -> tuple[Audio, MixReport]:
     accompaniment_lufs = _lufs(fit(parts.original_accompaniment, length))
     original_balance_lu = _difference(_lufs(original_vocal), accompaniment_lufs)
     balance_lu = DEFAULT_BALANCE_LU if original_balance_lu is None else original_balance_lu
-    balance_lu = float(np.clip(balance_lu, MIN_BALANCE_LU, MAX_BALANCE_LU)) + options.vocal_gain_db
+    warnings: tuple[str, ...] = ()
+    if balance_lu < NO_VOCAL_LU:
+        warnings = (
+            f"The vocal stem is {-balance_lu:.0f} LU below the accompaniment, a singer's at most "
+            f"{-NO_VOCAL_LU:.0f}: no vocal was found, and what is in the stem stays that low.",
+        )
+    else:
+        balance_lu = float(np.clip(balance_lu, MIN_BALANCE_LU, MAX_BALANCE_LU))
+    balance_lu += options.vocal_gain_db
 
     mix = _backing(parts, accompaniment_lufs)
     backing_lufs = _lufs(mix)
@@ -150,6 +164,7 @@ def mix_tracks(parts: MixParts, options: MixOptions) -> tuple[Audio, MixReport]:
         balance_lu=None if gain_db is None else balance_lu,
         loudness_lufs=_finite(loudness_lufs(finished)),
         true_peak_db=_finite(true_peak_db(finished.samples)),
+        warnings=warnings,
     )
     return finished, report
 

@@ -8,7 +8,7 @@ A sequence is a header and then bars, each self-contained:
         (TRACK_VELOCITY (POSITION DURATION PITCH+)+)               every other track of TRACKS
 
 Notes of one onset and one length share their POSITION and DURATION, so a bar of a five-piece band
-is about 70 tokens. A PITCH counts semitones above the root of the chord that sounds at its onset,
+is about 84 tokens. A PITCH counts semitones above the root of the chord that sounds at its onset,
 `pitch - root`, so that one C-major bar teaches the model the other eleven: transposing a song
 changes its CHORD tokens only (and the register, where a root wraps past B).
 

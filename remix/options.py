@@ -70,7 +70,7 @@ class MixOptions(Options):
         float, Field(ge=-24.0, le=24.0, description="Vocal up or down, beside the balance found.")
     ] = 0.0
     loudness_lufs: Annotated[
-        float, Field(ge=-16.0, le=-9.0, description="Integrated loudness, ITU-R BS.1770.")
+        float, Field(ge=-15.5, le=-9.5, description="Integrated loudness, ITU-R BS.1770.")
     ] = -14.0
 
 

@@ -60,10 +60,14 @@ def report(made: MadeRemix, manifest: Manifest, models_dir: Path) -> tuple[dict[
         "options": made.options.model_dump(mode="json"),
         "models": [_model(manifest[name], models_dir) for name in made.models.names()],
         "music": _music(remix),
-        "mix": _rounded(asdict(remix.mix)),
+        "mix": _rounded({k: v for k, v in asdict(remix.mix).items() if k != "warnings"}),
         "evaluation": evaluation,
         "times": _times(made),
-        "warnings": [*_weights_warnings(made, manifest), *remix.band.warnings],
+        "warnings": [
+            *_weights_warnings(made, manifest),
+            *remix.band.warnings,
+            *remix.mix.warnings,
+        ],
     }
     return facts, picture
 
@@ -104,10 +108,12 @@ def _music(remix: Remix) -> dict[str, Any]:
 
 
 def _times(made: MadeRemix) -> dict[str, Any]:
-    """Stages in their order, and what their work would take one after the other, `sum_s`.
+    """Stages in their order, and the sum of their compute and transfer times, `sum_s`.
 
-    Windows of a stage may wait at the same time, so its `queue_s` can exceed the wall time; what
-    it cost is `compute_s` and `transfer_s`, and only these are summed.
+    These are measured while the stages overlap, when shared cores make each slower: the sum is not
+    what they would take one after the other. What the overlap gains, `benchmarks/remix.py`
+    measures. Windows of a stage may wait at the same time, so its `queue_s` can exceed the wall
+    time and is not summed.
     """
     stages = {
         stage: {

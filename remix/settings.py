@@ -53,14 +53,27 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from `PHILHARMONICS_*` variables; what is unset keeps its default."""
+    """Settings from `PHILHARMONICS_*` variables; what is unset or empty keeps its default.
+
+    A wrong value ends the process with a line that names it: no server should start on one.
+    """
 
     def read(name: str, default: str) -> str:
-        return environment.get(PREFIX + name, default)
+        return environment.get(PREFIX + name) or default
+
+    def number(name: str, default: float, least: float) -> float:
+        text = read(name, str(default))
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < float("inf"):
+            raise SystemExit(f"{PREFIX}{name} is {text!r}; it must be a number from {least:g} up.")
+        return value
 
     device = read("DEVICE", "cpu")
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"{PREFIX}DEVICE is {device!r}; it must be cpu or cuda.")
+        raise SystemExit(f"{PREFIX}DEVICE is {device!r}; it must be cpu or cuda.")
     root = Path(__file__).resolve().parent.parent
     return Settings(
         models_dir=Path(read("MODELS", str(root / ".models"))),
@@ -68,13 +81,13 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         remote_runners={
             stage: environment[variable]
             for stage in STAGES
-            if (variable := f"{PREFIX}RUNNER_{stage.upper()}") in environment
+            if environment.get(variable := f"{PREFIX}RUNNER_{stage.upper()}")
         },
         listen=read("LISTEN", ""),
         device="cuda" if device == "cuda" else "cpu",
-        threads=int(read("THREADS", str(len(os.sched_getaffinity(0))))),
-        max_queue_rows=int(read("MAX_QUEUE_ROWS", "256")),
-        max_remixes=int(read("MAX_REMIXES", "2")),
-        max_upload_bytes=int(read("MAX_UPLOAD_BYTES", "200000000")),
-        max_duration_s=float(read("MAX_DURATION_S", "600")),
+        threads=int(number("THREADS", len(os.sched_getaffinity(0)), 1)),
+        max_queue_rows=int(number("MAX_QUEUE_ROWS", 256, 1)),
+        max_remixes=int(number("MAX_REMIXES", 2, 1)),
+        max_upload_bytes=int(number("MAX_UPLOAD_BYTES", 200_000_000, 1)),
+        max_duration_s=number("MAX_DURATION_S", 600.0, 1),
     )

@@ -1,9 +1,10 @@
 """Requests -> batches: windows of whoever is waiting are computed together.
 
 A batch is taken when a worker is free, from what waits then: nobody waits for company, and
-under load batches grow by themselves, up to the measured limit of the device. Abandoned and
+under load batches grow by themselves, up to the model's limit for the device. Abandoned and
 overdue requests are dropped before they cost anything; a request that fails its batch fails
-alone. Why not BentoML's own: facts in DESIGN's decision 4 and in `benchmarks/`.
+alone. Why not BentoML's own: it sheds load instead of waiting, fails a whole batch for one bad
+item, and computes what nobody waits for any more.
 """
 
 from __future__ import annotations

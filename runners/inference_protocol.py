@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NoReturn
 
 import grpc
@@ -245,13 +246,17 @@ def decode_tensors(tensors: Sequence[Any], raw_contents: Sequence[bytes]) -> dic
             array = np.frombuffer(buffer, dtype, count=size)
             exact = len(buffer) == size * dtype.itemsize
         else:
-            array = np.array(getattr(tensor.contents, CONTENTS.get(tensor.datatype, "")), dtype)
+            if tensor.datatype not in CONTENTS:
+                raise errors.InvalidOption(
+                    f"Tensor {tensor.name} is {tensor.datatype} without raw contents: send it raw."
+                )
+            array = np.array(getattr(tensor.contents, CONTENTS[tensor.datatype]), dtype)
             exact = True
         shape = tuple(tensor.shape)
-        if not exact or any(n < 0 for n in shape) or array.size != int(np.prod(shape)):
+        if not exact or any(n < 0 for n in shape) or array.size != prod(shape):
             raise errors.InvalidOption(
                 f"Tensor {tensor.name} has {array.size} values; its shape {shape} needs "
-                f"{int(np.prod(shape))}."
+                f"{prod(shape)}."
             )
         arrays[tensor.name] = array.reshape(shape)
     return arrays

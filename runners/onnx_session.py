@@ -1,4 +1,4 @@
-"""ONNX graphs -> callables. The only importer of onnxruntime."""
+"""ONNX graphs -> callables. The only importer of onnxruntime in what serves."""
 
 from __future__ import annotations
 
@@ -36,8 +36,16 @@ class OnnxSession:
         """Load the graph.
 
         Raises:
-            InvalidModel: its checksum or its signature is not the manifest's.
+            InvalidModel: its checksum or its signature is not the manifest's, or the device
+                cannot be used.
         """
+        wanted = PROVIDERS[settings.device][0]
+        if wanted not in onnxruntime.get_available_providers():
+            raise InvalidModel(
+                f"The device {settings.device} needs {wanted}, and this onnxruntime has only "
+                f"{', '.join(onnxruntime.get_available_providers())}: install onnxruntime-gpu, or "
+                "set PHILHARMONICS_DEVICE=cpu."
+            )
         path = entry.verified_path(settings.models_dir, file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads

@@ -99,15 +99,22 @@ class Runners:
                     limit="ready",
                     remedy="Start it, or wait until its /readyz answers 200.",
                 ) from error
-            raise kind(error.details()) from error
+            raise kind(
+                error.details(),
+                value=model,
+                limit="what its runner takes",
+                remedy="Try again later; if it stays so, the runner's log says more.",
+            ) from error
         outputs = decode_tensors(response.outputs, response.raw_output_contents)
         spent = times[stage]
         queue_s = response.parameters["queue_s"].double_param
         compute_s = response.parameters["compute_s"].double_param
         rows = len(next(iter(inputs.values())))
         spent.queue_s += queue_s
-        # Who shared the batch shares its cost.
-        spent.compute_s += compute_s * rows / response.parameters["batch_rows"].int64_param
+        # Who shared the batch shares its cost. Other servers of the protocol tell no times.
+        spent.compute_s += (
+            compute_s * rows / (response.parameters["batch_rows"].int64_param or rows)
+        )
         end_s = time.monotonic()
         spent.transfer_s += max(0.0, end_s - start_s - queue_s - compute_s)
         spent.start_s = min(spent.start_s, start_s)

@@ -83,6 +83,10 @@ def not_a_number() -> bytes:
     return sound_file(np.full((4_410, 2), np.nan, np.float32), "WAV", subtype="FLOAT")
 
 
+def far_beyond_full_scale() -> bytes:
+    return sound_file(np.full((4_410, 2), 1e30, np.float32), "WAV", subtype="FLOAT")
+
+
 WRONG_FILES: dict[str, tuple[Any, int, str, str]] = {
     "empty file": (lambda _: b"", 422, "invalid-audio", "empty (0 bytes)"),
     "text named mp3": (
@@ -95,6 +99,7 @@ WRONG_FILES: dict[str, tuple[Any, int, str, str]] = {
     "lying wav": (lambda _: wav_that_lies(), 422, "invalid-audio", "promises"),
     "no samples": (lambda _: wav(0.0), 422, "invalid-audio", "0 samples"),
     "all NaN": (lambda _: not_a_number(), 422, "invalid-audio", "not numbers"),
+    "1e30": (lambda _: far_beyond_full_scale(), 422, "invalid-audio", "full scale is 1"),
     "nine channels": (lambda _: nine_channels(), 413, "limit-exceeded", "9 channels"),
     "three hours": (three_hours_of_opus, 413, "limit-exceeded", "10800 s"),
 }
