@@ -16,7 +16,7 @@ import bentoml
 
 from http_api.app import WORK_S, Desk, build_app
 from http_api.guard import Guard
-from remix.composer import Composer
+from remix.composer import Composer, warm_up
 from remix.manifest import read_manifest
 from remix.stages import STAGES
 from runners.beside import beside, settings_with_runtime_dir
@@ -46,7 +46,8 @@ class Remix:
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def open(self) -> None:
-        """Prepare the channels to the runners, and take requests."""
+        """Warm up, prepare the channels to the runners, and take requests."""
+        await asyncio.to_thread(warm_up)
         manifest = read_manifest()
         self._runners = Runners(_settings, manifest)
         _desk.open(Composer(_settings, manifest, self._runners.for_song))

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import scipy
 import soundfile
-from scipy.io import wavfile
 
 from remix import errors
 from remix.audio import Audio, Samples
@@ -37,13 +37,6 @@ Format = Literal["wav", "wav16", "flac", "mp3"]
 
 MAX_SAMPLE = 1000.0
 """Of a float file: 60 dB above full scale is no recording, and far above it squares overflow."""
-
-MEDIA_TYPES: dict[Format, str] = {
-    "wav": "audio/wav",
-    "wav16": "audio/wav",
-    "flac": "audio/flac",
-    "mp3": "audio/mpeg",
-}
 
 _BLOCK_BYTES = 1 << 20
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +106,7 @@ def encode(audio: Audio, form: Format) -> bytes:
     file = BytesIO()
     if form == "wav":
         # libsndfile stamps files of floats with the time of day; equal sound is equal bytes here.
-        wavfile.write(file, audio.sample_rate_hz, audio.samples.T)
+        scipy.io.wavfile.write(file, audio.sample_rate_hz, audio.samples.T)
         return file.getvalue()
     container, subtype = {
         "wav16": ("WAV", "PCM_16"),

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load when they are first used: signal takes a second
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import uniform_filter1d
-from scipy.signal import savgol_filter
 
 from remix.audio import Audio
 from remix.notes import BeatGrid
@@ -291,7 +291,7 @@ def _steady(beats_s: Floats, period_s: float) -> Floats:
     if on_it.mean() > STEADY_SHARE:
         first, last = np.round((beats_s[[0, -1]] - ruler.start_s) / ruler.period_s)
         return ruler.start_s + ruler.period_s * np.arange(first, max(last, first + 1) + 1)
-    return np.asarray(savgol_filter(beats_s, SMOOTHED_BEATS, 1, mode="interp"))
+    return np.asarray(scipy.signal.savgol_filter(beats_s, SMOOTHED_BEATS, 1, mode="interp"))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from remix.pipeline import remix_song, to_mixture
 from remix.report import MadeRemix, StageTime
 from remix.separate_stems import StemsChunk, join_chunks, separate_stems
 from remix.settings import Settings
+from remix.similarity import report_similarity
 from remix.stages import STAGES, Infer, Progress, Stage
 from remix.synthesize_audio import synthesize_tracks
 from remix.transcribe_notes import transcribe_stems
@@ -232,6 +233,13 @@ class Composer:
         if data.startswith(MIDI_MAGIC):
             return NotesOnGrid(tracks, read_grid(data, tracks, duration_s), duration_s)
         return NotesOnGrid(tracks, find_grid(tracks, duration_s), duration_s)
+
+
+def warm_up() -> None:
+    """Load what the first song would wait for: parts of SciPy, matplotlib and its fonts."""
+    second = Audio(np.zeros((2, SAMPLE_RATE_HZ), np.float32), SAMPLE_RATE_HZ)
+    find_beats(second)
+    report_similarity(second, second)
 
 
 def tracks_of_stems(heard: Mapping[str, Sequence[Note]]) -> Tracks:

@@ -9,9 +9,9 @@ from functools import lru_cache
 from math import inf, isfinite, log10, pi, tan
 
 import numpy as np
+import scipy  # its parts load when they are first used: signal takes a second
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter1d
-from scipy.signal import sosfilt, upfirdn
 
 from remix.audio import Audio, Samples
 
@@ -75,7 +75,7 @@ def loudness_lufs(audio: Audio) -> float:
         samples = np.tile(samples, -(-step * steps_in_block // length))
     powers = np.zeros(samples.shape[1] // step)
     for channel in samples:
-        weighted = sosfilt(_k_weighting(rate_hz), channel.astype(np.float64))
+        weighted = scipy.signal.sosfilt(_k_weighting(rate_hz), channel.astype(np.float64))
         steps = weighted[: len(powers) * step].reshape(-1, step)
         powers += np.einsum("ij,ij->i", steps, steps) / step
     blocks = np.convolve(powers, np.full(steps_in_block, 1 / steps_in_block), "valid")
@@ -204,7 +204,9 @@ def _peaks(samples: Samples) -> NDArray[np.float32]:
             continue
         begin, end = start * HOP_SAMPLES, min((start + chunk_hops) * HOP_SAMPLES, length)
         around = samples[:, max(0, begin - reach) : end + reach]
-        between = np.abs(upfirdn(_interpolator(), around, OVERSAMPLING, axis=1)).max(axis=0)
+        between = np.abs(scipy.signal.upfirdn(_interpolator(), around, OVERSAMPLING, axis=1)).max(
+            axis=0
+        )
         # Output m lies at input sample (m - reach * OVERSAMPLING) / OVERSAMPLING of `around`.
         first = (reach + begin - max(0, begin - reach)) * OVERSAMPLING
         between = between[first : first + (end - begin) * OVERSAMPLING]

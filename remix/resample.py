@@ -10,8 +10,8 @@ from functools import lru_cache
 from math import gcd
 
 import numpy as np
+import scipy  # its parts load when they are first used: signal takes a second
 from numpy.typing import NDArray
-from scipy.signal import upfirdn
 
 from remix.audio import Audio, Samples
 from remix.errors import LimitExceeded
@@ -113,7 +113,9 @@ class StreamingResampler:
         tail = max(0, -(-((first + count) * self._down - lead) // self._up) - self._kept.shape[1])
         taps = np.concatenate([np.zeros(lead, np.float32), self._taps])
         padded = np.pad(self._kept, ((0, 0), (0, tail))) if tail else self._kept
-        output = upfirdn(taps, padded, self._up, self._down, axis=1)[:, first : first + count]
+        output = scipy.signal.upfirdn(taps, padded, self._up, self._down, axis=1)[
+            :, first : first + count
+        ]
         self._made = end
         needed_from = max(0, -(-(end * self._down - self._half) // self._up))
         self._kept = self._kept[:, max(0, needed_from - self._kept_from) :].copy()
