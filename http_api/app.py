@@ -17,7 +17,7 @@ from http_api.admission import Slots, while_wanted
 from http_api.catalogue import ModelList, VoiceList, model_list, voice_list
 from http_api.negotiation import choose
 from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
-from http_api.problems import answer_problem, kind_of_status
+from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
 from http_api.progress_board import ProgressBoard
 from http_api.stage_routes import FORM_ROUTES, FormRoute
 from http_api.uploads import read_upload
@@ -176,7 +176,7 @@ def _add_progress(app: FastAPI, desk: Desk) -> None:
                     }
                 },
             },
-            **problems(kind_of_status(400), kind_of_status(404), kind_of_status(422)),
+            **problems(kind_of_status(400), NO_SUCH_REQUEST, kind_of_status(422)),
         },
     )
     async def progress(request_id: str) -> StreamingResponse:

@@ -7,14 +7,23 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from http_api.problems import MEDIA_TYPE, PROBLEMS, Kind, kind_of_status
+from http_api.problems import (
+    MEDIA_TYPE,
+    NO_SUCH_REQUEST,
+    PROBLEMS,
+    Kind,
+    Refusal,
+    body_of,
+    kind_of,
+    kind_of_status,
+)
 from http_api.uploads import FORM
 from remix import errors
 from remix.options import Options
 
 DESCRIPTION = """
 A song goes in, a remix comes out: its vocal sung by another voice, over an instrumental that a
-model wrote from the song's own notes.
+model wrote from the song's own chords and rhythm.
 
     curl -F song=@song.mp3 -F 'options={"seed": 1}' -o remix.wav HOST/v1/remix
     curl -F song=@song.mp3 -H 'Accept: application/zip' -o remix.zip HOST/v1/remix
@@ -37,21 +46,110 @@ class Problem(BaseModel):
     remedy: str | None = Field(None, description="What to do.")
 
 
-_DETAILS: Mapping[str, str] = {
-    "invalid-audio": "The file is empty (0 bytes); at least 1 is needed. Send an audio file.",
-    "invalid-notes": "The file has 0 notes; at least 1 is needed.",
-    "invalid-option": "Option temperature is 5: Input should be less than or equal to 2.",
-    "limit-exceeded": "The audio is 601 s long; at most 600 s are taken. Cut it first.",
-    "not-found": "There is no voice 'nobody'; there are opera. Use one of these names.",
-    "queue-full": "2 remixes are running, and this service runs at most 2 at once.",
-    "deadline-exceeded": "The work was not done after 3600 s, which is the service's limit.",
-    "runner-unavailable": "The runner convert_voice failed: start it, or wait until it is ready.",
-    "malformed-request": "The form has 0 parts named song; it must have one, with the file.",
-    "not-acceptable": "Accept is 'image/png'; this route answers with one of audio/wav.",
-    "request-id-in-use": "X-Request-Id 1 is that of a request that is still running.",
-    "unsupported-media-type": "The request is text/plain; this route takes multipart/form-data.",
-    "no-such-route": "No request with X-Request-Id 1 is running, and none came within 10 s.",
-}
+_REFUSALS: Sequence[errors.RemixError | Refusal] = (
+    errors.InvalidAudio(
+        "The file is empty (0 bytes); at least 1 is needed.",
+        value=0,
+        limit=1,
+        remedy="Send an audio file.",
+    ),
+    errors.InvalidNotes(
+        "The file has 0 notes; at least 1 is needed.",
+        value=0,
+        limit=1,
+        remedy="Send at least one note of one of the known instruments.",
+    ),
+    errors.InvalidOption(
+        "Option temperature is 5: Input should be less than or equal to 2.",
+        value=5,
+        limit={"exclusiveMinimum": 0.0, "maximum": 2.0, "type": "number"},
+        remedy="Send a value in this range, or leave the option out.",
+    ),
+    errors.LimitExceeded(
+        "The audio is 601 s long; at most 600 s are taken.",
+        value=601,
+        limit=600,
+        remedy="Cut it first.",
+    ),
+    errors.NotFound(
+        "There is no voice 'nobody'; there are allison, carlo.",
+        value="nobody",
+        limit=["allison", "carlo"],
+        remedy="Use one of these names.",
+    ),
+    errors.QueueFull(
+        "2 remixes are running, and this service runs at most 2 at once.",
+        value=2,
+        limit=2,
+        remedy="Try again when Retry-After has passed.",
+    ),
+    errors.DeadlineExceeded(
+        "The work was not done after 3000 s, which is the service's limit.",
+        value="more than 3000 s",
+        limit=3000,
+        remedy="Send a shorter song, or ask for the stages one by one.",
+    ),
+    errors.RunnerUnavailable(
+        "The service is starting or stopping; it must be ready.",
+        value="not ready",
+        limit="ready",
+        remedy="Try again when GET /readyz answers 200.",
+    ),
+    Refusal(
+        400,
+        "The form has 0 parts named song; it must have one, with the file.",
+        value=0,
+        limit=1,
+        remedy="Send one part named song, as `curl -F song=@FILE` does.",
+    ),
+    Refusal(
+        404,
+        "No request with X-Request-Id 1 is running, and none came within 10 s. "
+        "Send the id as the header X-Request-Id of the request.",
+        value="1",
+        limit="a request that runs, or comes within 10 s",
+        remedy="Send the id as the header X-Request-Id of the request.",
+        kind=NO_SUCH_REQUEST,
+    ),
+    Refusal(
+        406,
+        "Accept is 'image/png'; this route answers with one of audio/wav, audio/flac.",
+        value="image/png",
+        limit=["audio/wav", "audio/flac"],
+        remedy="Send Accept: audio/wav.",
+    ),
+    Refusal(
+        409,
+        "X-Request-Id 1 is that of a request that is still running. Give each request its own.",
+        value="1",
+        limit="1 request at once with an id",
+        remedy="Give each request its own X-Request-Id.",
+    ),
+    Refusal(
+        415,
+        "The request is text/plain; this route takes multipart/form-data with the file song and "
+        "the JSON object options.",
+        value="text/plain",
+        limit=FORM,
+        remedy="Send multipart/form-data, as `curl -F song=@FILE` does.",
+    ),
+    Refusal(
+        422,
+        "The request has 0 parameters named request_id; it must have one. "
+        "Send request_id as GET /openapi.json describes it.",
+        value=0,
+        limit=1,
+        remedy="Send request_id as GET /openapi.json describes it.",
+    ),
+    Refusal(
+        503,
+        "The service is not ready. Wait until every runner is ready; GET /readyz answers 200 then.",
+        value="not ready",
+        limit="ready",
+        remedy="Wait until every runner is ready; GET /readyz answers 200 then.",
+    ),
+)
+_EXAMPLES = {kind_of(error): body_of(error) for error in _REFUSALS}
 
 
 def problems(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
@@ -75,7 +173,8 @@ def problems(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
                 "type": kind.uri,
                 "title": kind.title,
                 "status": kind.status,
-                "detail": _DETAILS.get(kind.name, kind.title),
+                "detail": kind.title,
+                **_EXAMPLES.get(kind, {}),
             }
         }
         if kind.retry_after_s is not None:

@@ -59,6 +59,8 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     ),
 }
 
+NO_SUCH_REQUEST = Kind(404, "no-such-request", "No such request to watch")
+
 _FRAMEWORK: Mapping[int, str] = {
     400: "malformed-request",
     404: "no-such-route",
@@ -83,6 +85,7 @@ class Refusal(HTTPException):
         limit: what would have been taken.
         remedy: what to do.
         headers: of the answer.
+        kind: of the problem; the status's own if left out.
     """
 
     def __init__(
@@ -94,8 +97,10 @@ class Refusal(HTTPException):
         limit: object = None,
         remedy: str | None = None,
         headers: Mapping[str, str] | None = None,
+        kind: Kind | None = None,
     ) -> None:
         super().__init__(status, detail, dict(headers or {}))
+        self.kind = kind
         self.value = value
         self.limit = limit
         self.remedy = remedy
@@ -106,6 +111,8 @@ def kind_of(error: Exception) -> Kind:
     for base in type(error).__mro__:
         if base in PROBLEMS:
             return PROBLEMS[base]
+    if isinstance(error, Refusal) and error.kind is not None:
+        return error.kind
     if isinstance(error, HTTPException):
         return kind_of_status(error.status_code)
     return INTERNAL
@@ -123,6 +130,15 @@ def kind_of_status(status: int) -> Kind:
 def problem(error: Exception) -> JSONResponse:
     """The answer to a request that ended in `error`."""
     kind = kind_of(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if kind.retry_after_s is not None:
+        headers.setdefault("Retry-After", str(kind.retry_after_s))
+    return JSONResponse(body_of(error), kind.status, headers, MEDIA_TYPE)
+
+
+def body_of(error: Exception) -> dict[str, Any]:
+    """The JSON of that answer."""
+    kind = kind_of(error)
     detail = error.detail if isinstance(error, HTTPException) else str(error)
     if kind is INTERNAL:
         # What went wrong inside is for the log; a stranger learns nothing useful from it.
@@ -136,10 +152,7 @@ def problem(error: Exception) -> JSONResponse:
     if isinstance(error, errors.RemixError | Refusal):
         members = {"value": error.value, "limit": error.limit, "remedy": error.remedy}
         body.update({name: found for name, found in members.items() if found is not None})
-    headers = dict(getattr(error, "headers", None) or {})
-    if kind.retry_after_s is not None:
-        headers.setdefault("Retry-After", str(kind.retry_after_s))
-    return JSONResponse(body, kind.status, headers, MEDIA_TYPE)
+    return body
 
 
 def framework_refusal(
@@ -180,13 +193,14 @@ async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        error = Refusal(
-            422,
-            f"{name} is {excerpt(first.get('input'))!r}: {first['msg']}.",
-            value=excerpt(first.get("input")),
-            limit=first["msg"],
-            remedy=f"Send {name} as GET /openapi.json describes it.",
-        )
+        remedy = f"Send {name} as GET /openapi.json describes it."
+        if first["type"] == "missing":
+            detail = f"The request has 0 parameters named {name}; it must have one. {remedy}"
+            error = Refusal(422, detail, value=0, limit=1, remedy=remedy)
+        else:
+            value = excerpt(first.get("input"))
+            detail = f"{name} is {value!r}: {first['msg']}. {remedy}"
+            error = Refusal(422, detail, value=value, limit=first["msg"], remedy=remedy)
     if isinstance(error, HTTPException) and not isinstance(error, Refusal):
         error = framework_refusal(error.status_code, error.detail, request, error.headers or {})
     if kind_of(error).status >= 500:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from http_api.problems import Refusal
+from http_api.problems import NO_SUCH_REQUEST, Refusal
 from remix.stages import STAGES, Stage
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -143,6 +143,7 @@ class ProgressBoard:
             value=request_id,
             limit=f"a request that runs, or comes within {APPEAR_S:.0f} s",
             remedy="Send the id as the header X-Request-Id of the request.",
+            kind=NO_SUCH_REQUEST,
         )
 
     def _find(self, request_id: str) -> Entry | None:

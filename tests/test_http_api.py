@@ -366,7 +366,14 @@ def test_progress_of_a_failed_request_says_so(http: httpx.Client) -> None:
 
 
 def test_progress_of_nobody_is_refused(http: httpx.Client) -> None:
-    problem_of(http.get("/v1/progress"), 422, "malformed-request")
+    missing = problem_of(http.get("/v1/progress"), 422, "malformed-request")
+    assert "0 parameters named request_id" in missing["detail"]
+
+
+@pytest.mark.slow
+def test_progress_of_a_request_that_never_comes_is_refused(http: httpx.Client) -> None:
+    answer = http.get("/v1/progress?request_id=nobody", timeout=30)
+    assert problem_of(answer, 404, "no-such-request")["value"] == "nobody"
     problem_of(http.get("/v1/progress?request_id=a b"), 400, "malformed-request")
 
 
@@ -468,6 +475,17 @@ def test_openapi_describes_every_route(http: httpx.Client) -> None:
             assert content[0] == PROBLEM
             assert content[1]["examples"]
     assert "Problem" in described["components"]["schemas"]
+
+
+def test_openapi_examples_of_problems_are_whole_answers(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    operations = [*(paths[path]["post"] for path in FORM_ROUTES), paths["/v1/progress"]["get"]]
+    for operation in operations:
+        for status, answer in operation["responses"].items():
+            for name, example in answer["content"].get(PROBLEM, {}).get("examples", {}).items():
+                body = example["value"]
+                assert (body["status"], body["type"].split(":")[-1]) == (int(status), name)
+                assert {"detail", "value", "limit", "remedy"} <= set(body), name
     assert http.get("/docs").status_code == 200
     assert http.get("/static_content/swagger-ui-bundle.js").status_code == 200
 
