@@ -27,14 +27,6 @@ PROGRAMS: dict[Role, int] = {
 """General MIDI Level 1 program of each role, counted from 0: standard kit, fingered electric bass,
 steel-string guitar, acoustic grand, string ensemble 1."""
 
-PROGRAM_NAMES: dict[Role, str] = {
-    "drums": "Standard Kit",
-    "bass": "Electric Bass (finger)",
-    "guitar": "Acoustic Guitar (steel)",
-    "piano": "Acoustic Grand Piano",
-    "strings": "String Ensemble 1",
-}
-
 DRUM_CHANNEL = 9
 """Channel 10 of General MIDI, counted from 0."""
 
@@ -119,8 +111,9 @@ def read_midi(data: bytes) -> Tracks:
         for track in file.tracks:
             _read_track(track, clock, tracks)
     except (OSError, EOFError, ValueError, IndexError, KeyError) as error:
+        reason = str(error) or "it ends early"
         raise InvalidNotes(
-            f"The file of {len(data)} bytes is no whole MIDI file ({error or 'it ends early'}).",
+            f"The file of {len(data)} bytes is no whole MIDI file ({reason}).",
             value=len(data),
             limit="a whole MIDI file",
             remedy="Export it again as a Standard MIDI file.",
