@@ -1,4 +1,7 @@
-"""Imports run one way, and torch stays where it belongs: what DESIGN and CONTRIBUTING promise."""
+"""Imports run one way, and torch stays where it belongs: what CONTRIBUTING promises.
+
+The rules for `jobs`, `load_tests` and `grpc_service` are for folders and a module that are to come.
+"""
 
 from __future__ import annotations
 
