@@ -65,8 +65,8 @@ class ModelEntry:
         source: where the weights come from.
         quality: what was measured and by which command, or who reports it.
         sample_rate_hz: of its audio, 0 where it has none.
-        max_batch: the largest batch worth making, by device: `cpu`, chosen on CPU cores, and `cuda`,
-            a guess until somebody has measured it.
+        max_batch: the largest batch worth making, by device: `cpu`, chosen on CPU cores, and
+            `cuda`, a guess until somebody has measured it.
         files: what lies in the models folder.
         origin: how `make models` gets the files; read by `export/install.py`.
         facts: everything else that the flow needs to know of it.
