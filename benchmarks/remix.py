@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,7 +159,7 @@ def run(song: Path, seconds: float, rounds: int, client: Client) -> dict[str, An
     settings = read_settings()
     options = RemixOptions(**OPTIONS)
     models = choose_models(read_manifest(), settings.models_dir, options)
-    infer = InProcess(settings)
+    infer = InProcess(replace(settings, threads=len(os.sched_getaffinity(0))))
     service_s, sequence_s, parts = [], [], defaultdict(list)
     client.remix_audio(song, OPTIONS)  # warm-up of the service; the models are warm on both sides
     for number in range(rounds):

@@ -71,14 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def separate_file(song: Path, out: Path) -> None:
     """Our command: a WAV file -> a WAV for each stem, in the folder `out`."""
+    from runners.runner import Runner
     from runners.separate_stems import served_model
 
     entry = read_manifest()[MODEL]
     served = served_model(entry, read_settings())
-    one_at_a_time = asyncio.Semaphore(1)
+    workers = asyncio.Semaphore(Runner.workers)  # as the runner computes
 
     async def infer(model: str, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        async with one_at_a_time:
+        async with workers:
             return await asyncio.to_thread(served, inputs)
 
     samples, rate_hz = soundfile.read(song, dtype="float32")

@@ -28,7 +28,8 @@ class Settings:
         listen: the Open Inference address of a runner that is started alone
             (`PHILHARMONICS_LISTEN`), `host:port`; empty for a socket in `runtime_dir`.
         device: where the models run (`PHILHARMONICS_DEVICE`).
-        threads: of one model call (`PHILHARMONICS_THREADS`).
+        threads: of one model call (`PHILHARMONICS_THREADS`); half the cores, because a runner
+            computes two at once.
         max_queue_rows: windows that a model's queue holds before it refuses
             (`PHILHARMONICS_MAX_QUEUE_ROWS`).
         max_remixes: whole songs at once in one composer (`PHILHARMONICS_MAX_REMIXES`).
@@ -85,7 +86,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         },
         listen=read("LISTEN", ""),
         device="cuda" if device == "cuda" else "cpu",
-        threads=int(number("THREADS", len(os.sched_getaffinity(0)), 1)),
+        threads=int(number("THREADS", max(1, len(os.sched_getaffinity(0)) // 2), 1)),
         max_queue_rows=int(number("MAX_QUEUE_ROWS", 256, 1)),
         max_remixes=int(number("MAX_REMIXES", 2, 1)),
         max_upload_bytes=int(number("MAX_UPLOAD_BYTES", 200_000_000, 1)),
