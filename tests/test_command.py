@@ -186,6 +186,8 @@ def test_lists_are_tables(fake_server: ServerProcess, command: str, columns: lis
 def test_remix_without_a_server_starts_one_and_stops_it(tmp_path: Path) -> None:
     with Client() as client:
         if client.is_ours():
+            # Somebody serves at the default address: the command rightly uses that server, there
+            # is nothing to start, and a test does not end a server that is not its own.
             pytest.skip(f"A server is running at {client.base_url}.")
     song = ROOT / ".cache/demo_song.mp3"
     write_demo_song(song, ROOT / ".cache/sources")
