@@ -1,1 +1,1 @@
-"""Durable jobs, who may have them, and when: between the flow and the transports."""
+"""Durable jobs and the stage cache: between the flow and the transports."""
