@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import bentoml
 
-from http_api.app import WORK_S, Desk, build_app
+from http_api.app import build_app
 from http_api.guard import Guard
+from jobs.desk import WORK_S, Desk
 from remix.composer import Composer, warm_up
 from remix.manifest import read_manifest
 from remix.stages import STAGES

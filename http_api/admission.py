@@ -1,52 +1,16 @@
-"""Who is let in, and for how long: bounded slots, a caller who leaves, a deadline."""
+"""How long a request is worked for: until its caller leaves, or its time has run out."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from remix.errors import Cancelled, DeadlineExceeded, QueueFull
+from remix.errors import Cancelled, DeadlineExceeded
 
 Result = TypeVar("Result")
-
-
-class Slots:
-    """So many requests at once; the next one is refused, not queued.
-
-    Args:
-        limit: requests at once.
-        what: their name, for the refusal.
-    """
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit = limit
-        self._what = what
-        self.taken = 0
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold a slot.
-
-        Raises:
-            QueueFull: none is free.
-        """
-        if self.taken >= self._limit:
-            raise QueueFull(
-                f"{self.taken} {self._what} are running, and this service runs at most "
-                f"{self._limit} at once.",
-                value=self.taken,
-                limit=self._limit,
-                remedy="Try again when Retry-After has passed.",
-            )
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
 
 
 async def while_wanted(

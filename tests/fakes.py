@@ -12,8 +12,9 @@ from typing import Any, cast
 import bentoml
 import numpy as np
 
-from http_api.app import Desk, build_app
+from http_api.app import build_app
 from http_api.guard import Guard
+from jobs.desk import Desk
 from remix.audio import Audio
 from remix.composer import Composer, NotesOnGrid, TimedInfer, read_notes
 from remix.convert_voice import ConvertedVocal, Voice, voice_names
