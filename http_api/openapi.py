@@ -77,6 +77,18 @@ _REFUSALS: Sequence[errors.RemixError | Refusal] = (
         limit=["allison", "carlo"],
         remedy="Use one of these names.",
     ),
+    errors.Unauthenticated(
+        "The request has no API key; it must have one.",
+        value="no key",
+        limit="a key that is valid",
+        remedy="Send the header Authorization: Bearer KEY.",
+    ),
+    errors.Forbidden(
+        "The API key has the scopes voices; this route needs remix.",
+        value=["voices"],
+        limit="remix",
+        remedy="Use a key with this scope.",
+    ),
     errors.QueueFull(
         "2 remixes are running, and this service runs at most 2 at once.",
         value=2,

@@ -8,7 +8,9 @@
     │   ├── LimitExceeded        too large, too long, too many channels, a rate out of range
     │   └── NotFound             no such voice or model
     ├── InvalidModel             a file whose checksum or signature is not the manifest's
-    ├── QueueFull                the service has as much work as it takes; try again later
+    ├── Unauthenticated          no API key, or none that is valid
+    ├── Forbidden                the API key lacks the scope
+    ├── QueueFull                the service, or the key's share of it, is full; try again later
     ├── DeadlineExceeded         the caller's time ran out before the work was done
     ├── Cancelled                the caller went away
     └── RunnerUnavailable        a stage's runner cannot be reached, or is not ready
@@ -36,6 +38,7 @@ class RemixError(Exception):
         value: what was found, as JSON has it, in the message's unit.
         limit: what would have been taken: a bound, [lowest, highest], or the known names.
         remedy: what to do, a sentence of its own.
+        retry_after_s: when it may be otherwise, where that can be told.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class RemixError(Exception):
         value: object = None,
         limit: object = None,
         remedy: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(f"{message} {remedy}" if remedy else message)
         self.message = message
         self.value = value
         self.limit = limit
         self.remedy = remedy
+        self.retry_after_s = retry_after_s
 
     def parts(self) -> dict[str, Any]:
         """What the error is made of again: `type(error)(**error.parts())`, in another process."""
@@ -59,6 +64,7 @@ class RemixError(Exception):
             "value": self.value,
             "limit": self.limit,
             "remedy": self.remedy,
+            "retry_after_s": self.retry_after_s,
         }
 
 
@@ -90,8 +96,16 @@ class InvalidModel(RemixError):
     """A model file does not match its manifest entry."""
 
 
+class Unauthenticated(RemixError):
+    """Who asks has no API key, or one that is not valid."""
+
+
+class Forbidden(RemixError):
+    """The caller's API key does not reach so far."""
+
+
 class QueueFull(RemixError):
-    """The service holds as much work as it takes."""
+    """The service, or the caller's share of it, holds as much work as it takes."""
 
 
 class DeadlineExceeded(RemixError):
