@@ -204,7 +204,7 @@ UPLOAD_PROBLEMS = problems(
     *(
         kind
         for error, kind in PROBLEMS.items()
-        if error not in (errors.Cancelled, errors.InvalidModel)
+        if error not in (errors.Cancelled, errors.InvalidModel, errors.ModelFailed)
     ),
 )
 """What any route with a form can answer."""

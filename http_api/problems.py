@@ -53,6 +53,7 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
     errors.NotFound: Kind(404, "not-found", "No such voice or model"),
     errors.InvalidModel: Kind(500, "invalid-model", "A model of the service is damaged"),
+    errors.ModelFailed: Kind(500, "model-failed", "A model of the service failed"),
     errors.Unauthenticated: Kind(401, "unauthenticated", "An API key is needed"),
     errors.Forbidden: Kind(403, "forbidden", "The API key does not reach so far"),
     # Where the error does not know better. A remix takes minutes: sooner is refused again.

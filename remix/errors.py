@@ -8,6 +8,7 @@
     │   ├── LimitExceeded        too large, too long, too many channels, a rate out of range
     │   └── NotFound             no such voice or model
     ├── InvalidModel             a file whose checksum or signature is not the manifest's
+    ├── ModelFailed              a model broke on a window that it should have computed
     ├── Unauthenticated          no API key, or none that is valid
     ├── Forbidden                the API key lacks the scope
     ├── QueueFull                the service, or the key's share of it, is full; try again later
@@ -94,6 +95,10 @@ class NotFound(InvalidInput):
 
 class InvalidModel(RemixError):
     """A model file does not match its manifest entry."""
+
+
+class ModelFailed(RemixError):
+    """A model broke while it computed: a fault of the service, which another try would meet again."""
 
 
 class Unauthenticated(RemixError):

@@ -46,6 +46,7 @@ STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.LimitExceeded: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.InvalidModel: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ModelFailed: grpc.StatusCode.INTERNAL,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
