@@ -98,7 +98,7 @@ class InvalidModel(RemixError):
 
 
 class ModelFailed(RemixError):
-    """A model broke while it computed: a fault of the service, which another try would meet again."""
+    """A model broke while it computed: a fault of the service; another try would break it again."""
 
 
 class Unauthenticated(RemixError):
