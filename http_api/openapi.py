@@ -89,6 +89,18 @@ _REFUSALS: Sequence[errors.RemixError | Refusal] = (
         limit="remix",
         remedy="Use a key with this scope.",
     ),
+    errors.Conflict(
+        "Job 1 is there already, for another song or with other options.",
+        value="1",
+        limit="1 request for each id",
+        remedy="Give each request an id of its own.",
+    ),
+    errors.StorageUnavailable(
+        "The database does not answer; it must.",
+        value="no answer",
+        limit="an answer",
+        remedy="Try again when Retry-After has passed.",
+    ),
     errors.QueueFull(
         "2 remixes are running, and this service runs at most 2 at once.",
         value=2,

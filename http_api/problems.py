@@ -51,7 +51,8 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     errors.InvalidNotes: Kind(422, "invalid-notes", "The notes cannot be used"),
     errors.InvalidOption: Kind(422, "invalid-option", "An option is wrong"),
     errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
-    errors.NotFound: Kind(404, "not-found", "No such voice or model"),
+    errors.NotFound: Kind(404, "not-found", "No such voice, model or job"),
+    errors.Conflict: Kind(409, "conflict", "The id stands for another request"),
     errors.InvalidModel: Kind(500, "invalid-model", "A model of the service is damaged"),
     errors.ModelFailed: Kind(500, "model-failed", "A model of the service failed"),
     errors.Unauthenticated: Kind(401, "unauthenticated", "An API key is needed"),
@@ -63,6 +64,9 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     errors.Cancelled: Kind(499, "cancelled", "The caller went away"),
     errors.RunnerUnavailable: Kind(
         503, "runner-unavailable", "A stage is not reachable", retry_after_s=10
+    ),
+    errors.StorageUnavailable: Kind(
+        503, "storage-unavailable", "The database or the files are away", retry_after_s=10
     ),
 }
 

@@ -6,7 +6,8 @@
     │   ├── InvalidNotes         a MIDI file or JSON of notes that cannot be used
     │   ├── InvalidOption        an option that is unknown or out of range
     │   ├── LimitExceeded        too large, too long, too many channels, a rate out of range
-    │   └── NotFound             no such voice or model
+    │   ├── NotFound             no such voice, model or job
+    │   └── Conflict             an id that stands for something else already
     ├── InvalidModel             a file whose checksum or signature is not the manifest's
     ├── ModelFailed              a model broke on a window that it should have computed
     ├── Unauthenticated          no API key, or none that is valid
@@ -14,7 +15,8 @@
     ├── QueueFull                the service, or the key's share of it, is full; try again later
     ├── DeadlineExceeded         the caller's time ran out before the work was done
     ├── Cancelled                the caller went away
-    └── RunnerUnavailable        a stage's runner cannot be reached, or is not ready
+    ├── RunnerUnavailable        a stage's runner cannot be reached, or is not ready
+    └── StorageUnavailable       the database or the file store cannot be reached, or is full
 
 Every message gives the value, the limit and the remedy, and what a caller meets over HTTP has
 them as attributes too. Each transport maps every leaf to a status in its own table, and a test
@@ -90,7 +92,11 @@ class LimitExceeded(InvalidInput):
 
 
 class NotFound(InvalidInput):
-    """The named voice or model does not exist."""
+    """The named voice, model or job does not exist."""
+
+
+class Conflict(InvalidInput):
+    """The caller's id stands for another request already."""
 
 
 class InvalidModel(RemixError):
@@ -123,6 +129,10 @@ class Cancelled(RemixError):
 
 class RunnerUnavailable(RemixError):
     """A stage's runner cannot be reached or is not ready."""
+
+
+class StorageUnavailable(RemixError):
+    """The database or the file store cannot be reached, or is full."""
 
 
 _SHORTENED = reprlib.Repr()

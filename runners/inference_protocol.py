@@ -45,6 +45,7 @@ STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.InvalidOption: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.Conflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.InvalidModel: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelFailed: grpc.StatusCode.INTERNAL,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
@@ -52,7 +53,8 @@ STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
-    errors.RunnerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.RunnerUnavailable: grpc.StatusCode.UNAVAILABLE,  # the one that a client makes of it
 }
 
 MAX_MESSAGE_BYTES = 256 * 2**20
