@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -21,8 +20,8 @@ from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
 from http_api.progress_board import ProgressBoard
 from http_api.stage_routes import FORM_ROUTES, FormRoute
 from http_api.uploads import read_upload
-from jobs.desk import UPLOAD_S, WORK_S, Desk
-from remix.errors import DeadlineExceeded, RemixError
+from jobs.desk import Desk
+from remix.errors import RemixError
 from remix.options import parse_options
 
 
@@ -33,25 +32,15 @@ async def serve(
     with board.entry(request.headers.get("x-request-id")) as progress:
         media_type = choose(request.headers.get("accept"), route.offers)
         async with AsyncExitStack() as stack:
-            slots = desk.slots[route.is_whole_flow]
-            with slots.hold():  # refuse before the upload what would be refused after it
-                pass
-            try:
-                with desk.uploads.hold():
-                    async with asyncio.timeout(UPLOAD_S):
-                        upload = await stack.enter_async_context(read_upload(request, route.part))
-            except TimeoutError as error:
-                raise DeadlineExceeded(
-                    f"The request was not here after {UPLOAD_S:.0f} s, the limit.",
-                    value=f"more than {UPLOAD_S:.0f} s",
-                    limit=UPLOAD_S,
-                    remedy="Send a smaller file.",
-                ) from error
+            with desk.slots[route.is_whole_flow].hold():
+                pass  # refuse before the upload what would be refused after it
+            async with desk.uploading():
+                upload = await stack.enter_async_context(read_upload(request, route.part))
             # Not while it uploads: slow callers would keep the others out.
-            stack.enter_context(slots.hold())
-            options = parse_options(route.options, upload.options)
-            work = route.work(desk.composer, upload.path, options, media_type, progress)
-            return await while_wanted(request, work, WORK_S)
+            async with desk.working(route.is_whole_flow):
+                options = parse_options(route.options, upload.options)
+                work = route.work(desk.composer, upload.path, options, media_type, progress)
+                return await while_wanted(request, work)
 
 
 def build_app(desk: Desk) -> FastAPI:

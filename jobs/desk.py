@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from remix.composer import Composer
-from remix.errors import QueueFull, RunnerUnavailable
+from remix.errors import DeadlineExceeded, QueueFull, RunnerUnavailable
 
 UPLOAD_S = 600.0
 """How long a caller may take to send a request: 200 MB at 3 Mbit/s."""
@@ -91,3 +92,44 @@ class Desk:
                 remedy="Try again when GET /readyz answers 200.",
             )
         return self._composer
+
+    @asynccontextmanager
+    async def uploading(self) -> AsyncIterator[None]:
+        """While a request arrives.
+
+        Raises:
+            DeadlineExceeded: it takes too long.
+            QueueFull: too many upload at once.
+        """
+        with self.uploads.hold():
+            async with _within(UPLOAD_S, "The request was not here", "Send a smaller file."):
+                yield
+
+    @asynccontextmanager
+    async def working(self, is_whole_flow: bool) -> AsyncIterator[None]:
+        """While the work of a request is done.
+
+        Raises:
+            DeadlineExceeded: it takes too long.
+            QueueFull: too much is under way at once.
+        """
+        remedy = "Send a shorter song, or ask for the stages one by one."
+        with self.slots[is_whole_flow].hold():
+            async with _within(WORK_S, "The work was not done", remedy):
+                yield
+
+
+@asynccontextmanager
+async def _within(limit_s: float, failure: str, remedy: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(
+            f"{failure} after {limit_s:g} s, which is the service's limit.",
+            value=f"more than {limit_s:g} s",
+            limit=limit_s,
+            remedy=remedy,
+        ) from error
