@@ -32,9 +32,26 @@ class Settings:
             computes two at once.
         max_queue_rows: windows that a model's queue holds before it refuses
             (`PHILHARMONICS_MAX_QUEUE_ROWS`).
-        max_remixes: whole songs at once in one composer (`PHILHARMONICS_MAX_REMIXES`).
+        max_remixes: whole songs at once in one composer (`PHILHARMONICS_MAX_REMIXES`), in requests
+            that wait for them, and as many as jobs.
         max_upload_bytes: of a request's body (`PHILHARMONICS_MAX_UPLOAD_BYTES`).
         max_duration_s: of a decoded song (`PHILHARMONICS_MAX_DURATION_S`).
+        database: of the jobs (`PHILHARMONICS_DATABASE`): `postgresql://…`; empty for SQLite in
+            `data_dir`.
+        artifacts: where jobs' files go (`PHILHARMONICS_ARTIFACTS`), a folder or any address that
+            `fsspec` knows; empty for a folder in `data_dir`.
+        cache: where windows that were computed once are kept (`PHILHARMONICS_CACHE`), likewise.
+        cache_bytes: how much of it (`PHILHARMONICS_CACHE_BYTES`); 0 keeps nothing.
+        data_dir: for the three above (`PHILHARMONICS_DATA_DIR`).
+        max_waiting_jobs: before another one is refused (`PHILHARMONICS_MAX_WAITING_JOBS`).
+        retention_s: how long an ended job and its files are kept (`PHILHARMONICS_RETENTION_S`).
+        lease_s: how long a composer may be silent before others take over its jobs
+            (`PHILHARMONICS_LEASE_S`).
+        webhook_hosts: that may be told of ended jobs (`PHILHARMONICS_WEBHOOK_HOSTS`), `host` or
+            `host:port`, separated by commas; none if empty.
+        webhook_secret: signs what they are told (`PHILHARMONICS_WEBHOOK_SECRET`).
+        keys: `on`: only callers with an API key are served; `off`: everybody is
+            (`PHILHARMONICS_KEYS`); empty: everybody, and only on a loopback address.
     """
 
     models_dir: Path
@@ -47,6 +64,32 @@ class Settings:
     max_remixes: int = 2
     max_upload_bytes: int = 200_000_000
     max_duration_s: float = 600.0
+    database: str = ""
+    artifacts: str = ""
+    cache: str = ""
+    cache_bytes: int = 0
+    data_dir: Path = Path(".data")
+    max_waiting_jobs: int = 64
+    retention_s: float = 86_400.0
+    lease_s: float = 10.0
+    webhook_hosts: tuple[str, ...] = ()
+    webhook_secret: str = ""
+    keys: Literal["on", "off", ""] = ""
+
+    @property
+    def database_url(self) -> str:
+        """Of the jobs."""
+        return self.database or f"sqlite:///{self.data_dir.resolve() / 'jobs.db'}"
+
+    @property
+    def artifacts_url(self) -> str:
+        """Of the jobs' files."""
+        return self.artifacts or str(self.data_dir.resolve() / "artifacts")
+
+    @property
+    def cache_url(self) -> str:
+        """Of the windows."""
+        return self.cache or str(self.data_dir.resolve() / "cache")
 
     def runner_address(self, stage: Stage) -> str:
         """The gRPC target of a stage's runner."""
@@ -75,6 +118,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     device = read("DEVICE", "cpu")
     if device not in ("cpu", "cuda"):
         raise SystemExit(f"{PREFIX}DEVICE is {device!r}; it must be cpu or cuda.")
+    keys = read("KEYS", "")
+    if keys not in ("on", "off", ""):
+        raise SystemExit(f"{PREFIX}KEYS is {keys!r}; it must be on, off or empty.")
     root = Path(__file__).resolve().parent.parent
     return Settings(
         models_dir=Path(read("MODELS", str(root / ".models"))),
@@ -91,4 +137,15 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         max_remixes=int(number("MAX_REMIXES", 2, 1)),
         max_upload_bytes=int(number("MAX_UPLOAD_BYTES", 200_000_000, 1)),
         max_duration_s=number("MAX_DURATION_S", 600.0, 1),
+        database=read("DATABASE", ""),
+        artifacts=read("ARTIFACTS", ""),
+        cache=read("CACHE", ""),
+        cache_bytes=int(number("CACHE_BYTES", 8e9, 0)),
+        data_dir=Path(read("DATA_DIR", str(root / ".data"))),
+        max_waiting_jobs=int(number("MAX_WAITING_JOBS", 64, 1)),
+        retention_s=number("RETENTION_S", 86_400.0, 0),
+        lease_s=number("LEASE_S", 10.0, 1),
+        webhook_hosts=tuple(filter(None, read("WEBHOOK_HOSTS", "").split(","))),
+        webhook_secret=read("WEBHOOK_SECRET", ""),
+        keys="on" if keys == "on" else "off" if keys == "off" else "",
     )
