@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 
 from http_api.admission import while_wanted
 from http_api.catalogue import ModelList, VoiceList, model_list, voice_list
+from http_api.key_routes import add_key_routes
 from http_api.negotiation import choose
 from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
 from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
@@ -72,6 +73,7 @@ def build_app(desk: Desk) -> FastAPI:
         )
     _add_lists(app, desk)
     _add_progress(app, board)
+    add_key_routes(app, desk)
     _add_docs(app)
     return app
 

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from jobs.door import Door
+from jobs.keys import KeyStore
 from remix.composer import Composer
 from remix.errors import DeadlineExceeded, QueueFull, RunnerUnavailable
 
@@ -58,14 +60,17 @@ class Slots:
 
 
 class Desk:
-    """One for the process: the composer, and the slots of the requests that it serves.
+    """One for the process: the composer, who may come to it, and the slots of their requests.
 
     Args:
         max_remixes: whole songs at once.
+        asks_for_keys: whether callers must have API keys.
     """
 
-    def __init__(self, max_remixes: int) -> None:
+    def __init__(self, max_remixes: int, asks_for_keys: bool = False) -> None:
         self._composer: Composer | None = None
+        self.door = Door(asks_for_keys)
+        self.keys: KeyStore | None = None
         self.uploads = Slots(max_remixes * UPLOADS_PER_REMIX, "uploads")
         self.slots = {
             True: Slots(max_remixes, "remixes"),

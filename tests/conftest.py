@@ -136,6 +136,7 @@ def serving(
             "BENTOML_DO_NOT_TRACK": "True",
             "TMPDIR": str(temp_dir),
             "PHILHARMONICS_RUNTIME_DIR": str(folder / "run"),
+            "PHILHARMONICS_DATA_DIR": str(folder / "data"),
             **(environment or {}),
         },
     )
