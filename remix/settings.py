@@ -24,14 +24,22 @@ class Settings:
         runtime_dir: where the runners on this machine listen, on unix sockets
             (`PHILHARMONICS_RUNTIME_DIR`).
         remote_runners: addresses, `host:port`, of runners that somebody else started
-            (`PHILHARMONICS_RUNNER_SEPARATE_STEMS` and so on).
+            (`PHILHARMONICS_RUNNER_SEPARATE_STEMS` and so on); calls take turns on the replicas
+            that a name stands for, or that are listed: `ipv4:10.0.0.1:4001,10.0.0.2:4001`.
         listen: the Open Inference address of a runner that is started alone
             (`PHILHARMONICS_LISTEN`), `host:port`; empty for a socket in `runtime_dir`.
+        grpc_host: where the composer listens for gRPC (`PHILHARMONICS_GRPC_HOST`): where it
+            listens for HTTP, if unset.
+        grpc_port: and on which port (`PHILHARMONICS_GRPC_PORT`); 0 for no gRPC.
         device: where the models run (`PHILHARMONICS_DEVICE`).
         threads: of one model call (`PHILHARMONICS_THREADS`); half the cores, because a runner
             computes two at once.
         max_queue_rows: windows that a model's queue holds before it refuses
             (`PHILHARMONICS_MAX_QUEUE_ROWS`).
+        runner_patience_s: how long a call waits for a runner that is away, such as one that is
+            being started again, before it fails (`PHILHARMONICS_RUNNER_PATIENCE_S`).
+        drain_s: how long requests may still take when the service is told to stop
+            (`PHILHARMONICS_DRAIN_S`).
         max_remixes: whole songs at once in one composer (`PHILHARMONICS_MAX_REMIXES`), in requests
             that wait for them, and as many as jobs.
         max_upload_bytes: of a request's body (`PHILHARMONICS_MAX_UPLOAD_BYTES`).
@@ -58,9 +66,13 @@ class Settings:
     runtime_dir: Path
     remote_runners: Mapping[Stage, str] = field(default_factory=dict)
     listen: str = ""
+    grpc_host: str = ""
+    grpc_port: int = 3001
     device: Device = "cpu"
     threads: int = 1
     max_queue_rows: int = 256
+    runner_patience_s: float = 120.0
+    drain_s: float = 30.0
     max_remixes: int = 2
     max_upload_bytes: int = 200_000_000
     max_duration_s: float = 600.0
@@ -131,9 +143,13 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
             if environment.get(variable := f"{PREFIX}RUNNER_{stage.upper()}")
         },
         listen=read("LISTEN", ""),
+        grpc_host=read("GRPC_HOST", ""),
+        grpc_port=int(number("GRPC_PORT", 3001, 0)),
         device="cuda" if device == "cuda" else "cpu",
         threads=int(number("THREADS", max(1, len(os.sched_getaffinity(0)) // 2), 1)),
         max_queue_rows=int(number("MAX_QUEUE_ROWS", 256, 1)),
+        runner_patience_s=number("RUNNER_PATIENCE_S", 120.0, 0),
+        drain_s=number("DRAIN_S", 30.0, 0),
         max_remixes=int(number("MAX_REMIXES", 2, 1)),
         max_upload_bytes=int(number("MAX_UPLOAD_BYTES", 200_000_000, 1)),
         max_duration_s=number("MAX_DURATION_S", 600.0, 1),

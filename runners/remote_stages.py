@@ -21,6 +21,7 @@ from remix.settings import Settings
 from remix.stages import STAGES, Stage, Tensors
 from runners.error_details import KEY, decode_error
 from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
+from runners.processes import enter
 from runners.retry import RetryBudget, StageHealth, Tries, Trouble
 from runners.tensor_messages import decode_response, encode_request
 
@@ -67,13 +68,15 @@ CLIENT_OPTIONS = [
 class StageTimes:
     """Where the calls of one stage spent their time, summed; and how many windows they had.
 
-    `wall_s` is from the first call's start to the last one's end.
+    `wall_s` is from the first call's start to the last one's end. `cached` windows were there from
+    before, and cost no call.
     """
 
     queue_s: float = 0.0
     compute_s: float = 0.0
     transfer_s: float = 0.0
     windows: int = 0
+    cached: int = 0
     start_s: float = float("inf")
     end_s: float = 0.0
 
@@ -101,6 +104,7 @@ class Runners:
         self._health = {stage: StageHealth(self._probe(stage)) for stage in STAGES}
         self._watches = [asyncio.create_task(health.watch()) for health in self._health.values()]
         self._budget = RetryBudget()
+        self._at_work = enter(settings.runtime_dir)
         self._row_s: dict[str, float] = {}
 
     async def close(self) -> None:
@@ -110,6 +114,7 @@ class Runners:
         await asyncio.gather(*self._watches, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
+        self._at_work.close()
 
     def unavailable(self) -> list[Stage]:
         """The stages whose runner does not answer now, as the last probes found; at once."""
