@@ -14,6 +14,8 @@ Device = Literal["cpu", "cuda"]
 
 PREFIX = "PHILHARMONICS_"
 
+GRPC_HOST = PREFIX + "GRPC_HOST"
+
 
 @dataclass(frozen=True)
 class Settings:
