@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -85,6 +86,7 @@ class Database:
         self.engine = engine
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
         self._is_sqlite = engine.dialect.name == "sqlite"
+        self._lock: IO[str] | None = None
         self.failed_s = float("-inf")
         """When the database last did not answer, on `time.monotonic`'s clock."""
 
@@ -119,6 +121,22 @@ class Database:
         with self.engine.begin() as connection:
             return work(connection)
 
+    def is_alone(self) -> bool:
+        """Whether no other process has this database open; a server's clients cannot tell.
+
+        To be asked once, at the start: from then on others can see that this process is there.
+        """
+        if not self._is_sqlite or not self.engine.url.database:
+            return False
+        self._lock = Path(f"{self.engine.url.database}.lock").open("w")  # noqa: SIM115 - till close
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
     def now_s(self, connection: sa.Connection) -> float:
         """Seconds since 1970 by the one clock that everybody on this database shares."""
         if self._is_sqlite:  # one file, one machine, one clock
@@ -130,6 +148,8 @@ class Database:
         """Close every connection."""
         self._threads.shutdown()
         self.engine.dispose()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _is_away(error: Exception) -> bool:

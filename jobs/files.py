@@ -52,8 +52,13 @@ class Files:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="files")
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Call something that blocks, on the threads of this store."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        """Call something that blocks, on the threads of this store; it has ended when this has."""
+        call = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            await asyncio.wait([call])  # else it might write what its caller now deletes
+            raise
 
     def close(self) -> None:
         """Wait for what is being written."""

@@ -1,10 +1,11 @@
 """window -> its outputs, computed once: the checkpoints of a job and the memory of all songs.
 
-An entry's name is the hash of all that decides its content: the model's files by their checksums,
-and every input's name, type, shape and bytes. So whatever option matters is in the name because it
-is in the inputs, and nothing else is. A job that was interrupted is simply begun again: the windows
-that it had are hits, and hits are byte for byte what was computed. Another voice on the same song
-has other inputs only in the voice's own model: everything else is a hit.
+An entry's name is the hash of all that decides its content: the code that runs the model, the
+model's files by their checksums, and every input's name, type, shape and bytes. So whatever option
+matters is in the name because it is in the inputs, and nothing else is. A job that was interrupted
+is simply begun again: the windows that it had are hits, and hits are byte for byte what was
+computed. Another voice on the same song has other inputs only in the voice's own model: everything
+else is a hit.
 
 What lies in the store: entries `ab/abcd…`, each a header, the arrays' bytes and a checksum, written
 under another name and renamed. A damaged entry is a miss. No entry is ever unpickled.
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from prometheus_client import Counter, Gauge
 
 from jobs.files import Files
+from jobs.identity import code_id
 from remix.composer import TimedInfer
 from remix.errors import StorageUnavailable
 from remix.manifest import Manifest, expected_sha256
@@ -131,7 +133,7 @@ class StageCache:
     def _key(self, model: str, inputs: Tensors) -> str:
         if model not in self._model_ids:
             sums = [expected_sha256(self._models_dir, f) for f in self._manifest[model].files]
-            self._model_ids[model] = json.dumps([model, *sums]).encode()
+            self._model_ids[model] = json.dumps([code_id(), model, *sums]).encode()
         digest = hashlib.sha256(MAGIC + self._model_ids[model])
         for name in sorted(inputs):
             array = np.ascontiguousarray(inputs[name])

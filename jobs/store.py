@@ -310,14 +310,14 @@ class Store:
             for row in await self.database.call(work)
         ]
 
-    async def played(self, uid: str, start: int) -> tuple[Row, list[str]]:
-        """A job, and paths of the parts of its sound that go on from byte `start`.
+    async def played(self, uid: str, start: int) -> tuple[Row, list[tuple[int, str]]]:
+        """A job, and the parts of its sound that go on from byte `start`: where one begins, path.
 
         Raises:
             NotFound: it is there no more.
         """
 
-        def work(db: sa.Connection) -> tuple[Row, list[str]]:
+        def work(db: sa.Connection) -> tuple[Row, list[tuple[int, str]]]:
             row = self._row(db, uid)
             query = sa.select(PLAYED.c.start, PLAYED.c.stop).where(
                 PLAYED.c.uid == uid,
@@ -325,21 +325,23 @@ class Store:
                 PLAYED.c.stop > start,
             )
             parts = db.execute(query.order_by(PLAYED.c.start)).all()
-            return row, [played_path(uid, row.job.attempt, a, b) for a, b in parts]
+            return row, [(a, played_path(uid, row.job.attempt, a, b)) for a, b in parts]
 
         return await self.database.call(work)
 
-    async def load(self) -> Load:
-        """What there is to do."""
-        return await self.database.call(self._load)
-
-    async def queue(self) -> list[str]:
-        """Uids of the waiting jobs, the next one first."""
-        return await self.database.call(
-            lambda db: self._load(db).queue(self._started(db)), PATIENCE_S
-        )
+    async def outlook(self) -> tuple[Load, list[Started]]:
+        """What there is to do, and what was begun: who of them is next follows from both."""
+        return await self.database.call(lambda db: (self._load(db), self._started(db)))
 
     # --- the holder ---------------------------------------------------------------------------
+
+    async def void_leases(self) -> None:
+        """Let everything that is held be taken over: when nobody else can be alive."""
+        values = {"lease_until_s": 0.0}
+        is_open = JOBS.c.is_closed.is_(False)
+        await self.database.call(
+            lambda db: db.execute(sa.update(JOBS).where(is_open).values(values))
+        )
 
     async def abandoned(self) -> list[str]:
         """Uids of the jobs that are begun, or have ended with something left, and nobody holds."""
