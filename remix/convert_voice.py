@@ -318,28 +318,29 @@ async def _analyse(
     tasks: list[asyncio.Task[_Window]] = []
     n_windows = -(-vocal.n_samples * SAMPLE_RATE_HZ // vocal.sample_rate_hz // CORE_SAMPLES)
 
-    def begin_windows(is_last: bool) -> None:
+    def begin_windows() -> None:
         # The window of core k needs the vocal up to one context beyond the core.
-        while (start := len(tasks) * CORE_SAMPLES) + WINDOW_SAMPLES <= (length := _length(pieces)):
+        while (start := len(tasks) * CORE_SAMPLES) + WINDOW_SAMPLES <= _length(pieces):
             whole = np.concatenate(pieces)
             pieces[:] = [whole]
             window = whole[start : start + WINDOW_SAMPLES]
             share = (len(tasks) + 1) / max(n_windows, 1) / 3.0
             tasks.append(work.begin(_analyse_window(window, voice, work, share)))
-        if is_last and start + CONTEXT_SAMPLES < length:
-            pieces.append(np.zeros(WINDOW_SAMPLES - (length - start), np.float32))
-            begin_windows(is_last=False)
 
     async for chunk in chunks:
         mono = to_mono(chunk)
         pieces.append(resampler.push(mono)[0])
         if voice.sample_rate_hz != SAMPLE_RATE_HZ:
             voice_pieces.append(voice_resampler.push(mono)[0])
-        begin_windows(is_last=False)
+        begin_windows()
     pieces.append(resampler.flush()[0])
     n_samples = _length(pieces) - CONTEXT_SAMPLES
     n_frames = -(-n_samples // FRAME_SAMPLES)
-    begin_windows(is_last=True)
+    n_windows = -(-n_samples // CORE_SAMPLES)
+    if n_windows:  # silence after the vocal, until the last core has its context
+        end = (n_windows - 1) * CORE_SAMPLES + WINDOW_SAMPLES
+        pieces.append(np.zeros(max(end - _length(pieces), 0), np.float32))
+    begin_windows()
     windows = await asyncio.gather(*tasks)
 
     heard = np.concatenate(pieces)[CONTEXT_SAMPLES:][:n_samples]
