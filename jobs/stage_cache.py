@@ -90,9 +90,9 @@ class StageCache:
         self._eviction = asyncio.Lock()
         self._unscanned_bytes = float("inf")
 
-    def for_song(self, infer: TimedInfer) -> CachedInfer:
-        """`infer`, asked only for what is not in the store."""
-        return CachedInfer(self, infer)
+    def for_song(self, infer: TimedInfer) -> TimedInfer:
+        """`infer`, asked only for what is not in the store; itself where nothing is to be kept."""
+        return CachedInfer(self, infer) if self._max_bytes else infer
 
     def stage_of(self, model: str) -> Stage:
         """Which stage a model works in."""
