@@ -24,7 +24,6 @@ from http_api.problems import problem
 from jobs.database import Database, open_database
 from jobs.desk import WORK_S, Desk
 from jobs.door import check_address
-from jobs.estimate import Estimator, read_cost_model
 from jobs.files import Files
 from jobs.jobs import Jobs
 from jobs.keys import KeyStore
@@ -92,11 +91,10 @@ class Remix:
         composer = Composer(
             _settings, manifest, lambda: self._cache.for_song(self._runners.for_song())
         )
-        estimator = Estimator(read_cost_model())
-        self._jobs = Jobs(_settings, composer, estimator, self._database)
+        self._jobs = Jobs(_settings, composer, _desk.estimator, self._database)
         await self._jobs.start()
         _ingress.on_stop(lambda: self._jobs.drain(_settings.drain_s))
-        _desk.open(composer, self._jobs)
+        _desk.open(composer, self._jobs, self._runners.unavailable)
         self._grpc = GrpcService(_desk, _settings, self._is_ready)
         if _settings.grpc_port:
             await self._grpc.start()

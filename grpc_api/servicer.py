@@ -32,7 +32,7 @@ from jobs.job import ArtifactInfo
 from remix.errors import InvalidOption
 from remix.options import RemixOptions
 from remix.result_files import media_type_of
-from remix.stages import Progress, Stage
+from remix.stages import STAGES, Progress, Stage
 from remix_v1 import remix_pb2 as messages
 from remix_v1 import remix_pb2_grpc as protocol
 
@@ -61,9 +61,12 @@ class RemixServicer(protocol.RemixServiceServicer):
     @answering
     async def SubmitRemix(self, requests: Any, context: Any) -> messages.Job:
         """Song -> job."""
-        async with read_upload(requests, self._desk, self._max_upload_bytes) as upload:
+        async with (
+            self._desk.submitting(caller()) as jobs,
+            read_upload(requests, self._desk, self._max_upload_bytes) as upload,
+        ):
             head = upload.head
-            job = await self._desk.jobs.submit(
+            job = await jobs.submit(
                 upload.path,
                 options_of(RemixOptions, head.options),
                 caller().owner,
@@ -132,32 +135,32 @@ class RemixServicer(protocol.RemixServiceServicer):
     @answering
     async def Remix(self, requests: Any, context: Any) -> None:
         """Song -> remix."""
-        await self._work(calls.remix, requests, context, is_whole_flow=True)
+        await self._work(calls.remix, requests, context, *STAGES)
 
     @answering
     async def Separate(self, requests: Any, context: Any) -> None:
         """Song -> stems."""
-        await self._work(calls.separate, requests, context)
+        await self._work(calls.separate, requests, context, "separate_stems")
 
     @answering
     async def Transcribe(self, requests: Any, context: Any) -> None:
         """Song -> notes."""
-        await self._work(calls.transcribe, requests, context)
+        await self._work(calls.transcribe, requests, context, "transcribe_notes")
 
     @answering
     async def Generate(self, requests: Any, context: Any) -> None:
         """Notes -> new music."""
-        await self._work(calls.generate, requests, context)
+        await self._work(calls.generate, requests, context, "generate_notes")
 
     @answering
     async def Convert(self, requests: Any, context: Any) -> None:
         """Vocal -> the same by another voice."""
-        await self._work(calls.convert, requests, context)
+        await self._work(calls.convert, requests, context, "convert_voice")
 
     @answering
     async def Synthesize(self, requests: Any, context: Any) -> None:
         """Notes -> their sound."""
-        await self._work(calls.synthesize, requests, context)
+        await self._work(calls.synthesize, requests, context, "synthesize_audio")
 
     @answering
     async def ListVoices(
@@ -173,17 +176,14 @@ class RemixServicer(protocol.RemixServiceServicer):
         """Which models there are."""
         return messages.ListModelsResponse(models=model_messages(self._desk.composer))
 
-    async def _work(
-        self, work: calls.Work, requests: Any, context: Any, is_whole_flow: bool = False
-    ) -> None:
+    async def _work(self, work: calls.Work, requests: Any, context: Any, *stages: Stage) -> None:
         """A file in, progress out, files out; the call's end, however it comes, ends the work."""
-        with self._desk.slots[is_whole_flow].hold():
-            pass  # refuse before the upload what would be refused after it
+        self._desk.check(stages)
         with tempfile.TemporaryFile() as results:
             async with (
                 read_upload(requests, self._desk, self._max_upload_bytes) as upload,
                 # Not while it uploads: slow callers would keep the others out.
-                self._desk.working(is_whole_flow),
+                self._desk.working(stages, caller()),
             ):
                 composer = self._desk.composer
                 files = await _told(

@@ -21,6 +21,7 @@ from http_api.negotiation import choose
 from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
 from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
 from http_api.progress_board import ProgressBoard
+from http_api.quote_route import add_quote_route
 from http_api.stage_routes import FORM_ROUTES, FormRoute
 from http_api.uploads import read_upload
 from jobs.desk import Desk
@@ -77,6 +78,7 @@ def build_app(desk: Desk) -> FastAPI:
     _add_progress(app, board)
     add_key_routes(app, desk)
     add_job_routes(app, desk)
+    add_quote_route(app, desk)
     _add_docs(app)
     return app
 

@@ -131,11 +131,14 @@ def _add_submission(app: FastAPI, desk: Desk) -> None:
     ]
 
     async def submit(request: Request, job_id: str | None, webhook_url: str | None) -> Response:
-        jobs = desk.jobs  # refuses before the upload, where there is nobody to take it
-        async with desk.uploading(), read_upload(request, "song") as upload:
+        caller = caller_of(request)
+        async with (
+            desk.submitting(caller, job_id) as jobs,
+            desk.uploading(),
+            read_upload(request, "song") as upload,
+        ):
             options = parse_options(RemixOptions, upload.options)
-            owner = caller_of(request).owner
-            job = await jobs.submit(upload.path, options, owner, job_id, webhook_url)
+            job = await jobs.submit(upload.path, options, caller.owner, job_id, webhook_url)
         return JSONResponse(
             JobFacts.of(job).model_dump(mode="json"),
             200 if job.has_ended else 202,

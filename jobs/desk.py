@@ -142,12 +142,12 @@ class Desk:
                     yield
 
     @asynccontextmanager
-    async def submitting(self, caller: Caller, job_id: str | None) -> AsyncIterator[Jobs]:
+    async def submitting(self, caller: Caller, job_id: str | None = None) -> AsyncIterator[Jobs]:
         """While a job's song arrives and is taken; to be entered before it is read.
 
         Args:
             caller: whose job it is.
-            job_id: the caller's own; what is there already is never refused.
+            job_id: the caller's own, if it is known yet; what is there already is not refused.
 
         Raises:
             QueueFull: too many jobs, of all or of this caller, have not ended.

@@ -1,6 +1,6 @@
 """Fakes, written by hand: what stands in for the models where a test is about something else.
 
-`python -m bentoml serve tests.fakes:FakeRemix` is the HTTP face over a fake composer.
+`python -m bentoml serve tests.fakes:FakeRemix` is the HTTP and gRPC face over a fake composer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, cast
 import bentoml
 import numpy as np
 
+from grpc_service import GrpcService
 from http_api.app import build_app
 from http_api.guard import Guard
 from jobs.database import Database, open_database
@@ -114,7 +115,7 @@ class FakeComposer(Composer):
 
 
 _settings = read_settings()
-_desk = Desk(max_remixes=2, asks_for_keys=_settings.keys == "on")
+_desk = Desk(_settings)
 
 
 @bentoml.service(
@@ -134,6 +135,13 @@ class FakeRemix:
         if _desk.door.asks_for_keys:
             await _desk.door.open(_desk.keys.list)
         _desk.open(FakeComposer(_settings, read_manifest(), no_infer))
+        self._grpc = GrpcService(_desk, _settings, lambda: True)
+        await self._grpc.start()
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def close(self) -> None:
+        """Let what runs over gRPC end."""
+        await self._grpc.drain()
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
