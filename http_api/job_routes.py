@@ -29,6 +29,11 @@ SSE = "text/event-stream"
 
 JobId = Annotated[str, Path(description="The job's id.", pattern=JOB_ID.pattern)]
 
+Webhook = Annotated[
+    str | None,
+    Query(description="Is told when the job has ended, if the operator allows its host."),
+]
+
 
 class ArtifactFacts(BaseModel):
     """A file of a job."""
@@ -125,11 +130,6 @@ def _add_submission(app: FastAPI, desk: Desk) -> None:
         },
         "openapi_extra": form("song", SONG, RemixOptions, {"seed": 1}),
     }
-    Webhook = Annotated[
-        str | None,
-        Query(description="Is told when the job has ended, if the operator allows its host."),
-    ]
-
     async def submit(request: Request, job_id: str | None, webhook_url: str | None) -> Response:
         caller = caller_of(request)
         async with (
