@@ -88,7 +88,8 @@ class StageCache:
         self._writes: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(MAX_UNWRITTEN)
         self._eviction = asyncio.Lock()
-        self._unscanned_bytes = float("inf")
+        self._scanned_bytes = 0
+        self._unscanned_bytes = float("inf")  # so that the first write scans
 
     def for_song(self, infer: TimedInfer) -> TimedInfer:
         """`infer`, asked only for what is not in the store; itself where nothing is to be kept."""
@@ -163,6 +164,7 @@ class StageCache:
             content = await self._files.run(encode_entry, outputs)
             await self._files.run(self._files.write, _path(key), content)
             self._unscanned_bytes += len(content)
+            BYTES.set(self._scanned_bytes + self._unscanned_bytes)
             if self._unscanned_bytes > self._max_bytes / SCANS_PER_SIZE:
                 await self._evict()
         except StorageUnavailable as error:
@@ -187,6 +189,7 @@ class StageCache:
                     if size_bytes <= EVICT_TO * self._max_bytes:
                         break
                 await self._files.run(self._files.delete, doomed)
+            self._scanned_bytes = size_bytes
             BYTES.set(size_bytes)
 
 
