@@ -120,16 +120,20 @@ class StageCache:
             found = await self._read(key, stage)
             outputs = found if found is not None else await infer(model, inputs)
             future.set_result(outputs)
-        finally:
+            if found is None:
+                await self._room.acquire()
+        except BaseException:
             future.cancel()  # no effect on one that is done; else the next one who waits computes
             del self._under_way[key]
+            raise
         WINDOWS.labels(stage, "miss" if found is None else "hit").inc()
-        if found is None:
-            await self._room.acquire()
-            write = asyncio.create_task(self._write(key, stage, outputs))
-            self._writes.add(write)
-            write.add_done_callback(self._writes.discard)
-        return outputs, found is not None
+        if found is not None:
+            del self._under_way[key]
+            return outputs, True
+        write = asyncio.create_task(self._write(key, stage, outputs))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        return outputs, False
 
     def _key(self, model: str, inputs: Tensors) -> str:
         if model not in self._model_ids:
@@ -172,6 +176,7 @@ class StageCache:
             _log.warning("The cache keeps nothing of %s: %s", stage, error)
             WINDOWS.labels(stage, "unwritten").inc()
         finally:
+            del self._under_way[key]  # until now it was answered from memory
             self._room.release()
 
     async def _evict(self) -> None:
