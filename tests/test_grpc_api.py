@@ -23,7 +23,6 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from http_api.problems import PROBLEMS
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
 from remix_v1 import remix_pb2 as messages
 from tests.conftest import CRASH_SEED, ROOT, SLOW_SEED, ServerProcess
@@ -337,13 +336,6 @@ def test_every_option_is_in_the_proto(options: Any, message: Any) -> None:
     assert {field.name for field in message.DESCRIPTOR.fields} == set(options.model_fields)
     for field in message.DESCRIPTOR.fields:
         assert field.is_repeated or field.has_presence, "what is unset must be told from 0"
-
-
-def test_every_problem_has_its_reason_in_both_transports() -> None:
-    from grpc_api.statuses import KINDS
-
-    for error, kind in PROBLEMS.items():
-        assert KINDS[error].reason == kind.name.upper().replace("-", "_")
 
 
 def test_health_is_told_by_name(channel: Any) -> None:
