@@ -169,10 +169,11 @@ def test_least_recently_used_entries_go_when_there_is_no_room(tmp_path: Path) ->
 def test_song_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
     async def work() -> None:
         (tmp_path / "file").write_text("where the folder should be")
-        cache, infer = cache_at(tmp_path / "file"), CountingInfer()
+        infer = CountingInfer()
         for _ in range(2):
+            cache = cache_at(tmp_path / "file")
             assert (await cache.for_song(infer)(MODEL, window(1)))["out"].size
-        await cache.close()
+            await cache.close()
         assert infer.calls == 2
 
     asyncio.run(work())
