@@ -18,7 +18,7 @@ from http_api.guard import caller_of
 from http_api.job_routes import add_job_routes
 from http_api.key_routes import add_key_routes
 from http_api.negotiation import choose
-from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
+from http_api.openapi import DESCRIPTION, SECURITY_SCHEME, Problem, form, form_answers, problems
 from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
 from http_api.progress_board import ProgressBoard
 from http_api.quote_route import add_quote_route
@@ -163,6 +163,8 @@ def _add_docs(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         schema = described()
         schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        schema["components"]["securitySchemes"] = {"key": SECURITY_SCHEME}
+        schema["security"] = [{"key": []}]
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -130,6 +130,7 @@ def _add_submission(app: FastAPI, desk: Desk) -> None:
         },
         "openapi_extra": form("song", SONG, RemixOptions, {"seed": 1}),
     }
+
     async def submit(request: Request, job_id: str | None, webhook_url: str | None) -> Response:
         caller = caller_of(request)
         async with (
