@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -27,6 +28,9 @@ STOP_S = 45.0
 
 LOG_LINES = 15
 
+PR_SET_PDEATHSIG = 1
+"""Source: prctl(2), Linux."""
+
 
 class StartFailed(PhilharmonicsError):
     """A server could not be started."""
@@ -42,10 +46,16 @@ def serve_forever(host: str, port: int, grpc_port: int) -> int:
     """Serve until interrupted; the exit status of the server.
 
     Interrupts reach the server too, being in the same process group: it stops by itself.
+
+    Raises:
+        StartFailed: the address is taken, or none of this machine's.
     """
+    _check_free(host, port)
     with (
         _environment(grpc_port) as environment,
-        subprocess.Popen(command(host, port), cwd=ROOT, env=environment) as server,
+        subprocess.Popen(
+            command(host, port), cwd=ROOT, env=environment, preexec_fn=_end_with(os.getpid())
+        ) as server,
     ):
         signal.signal(signal.SIGTERM, lambda *_: server.terminate())
         while True:
@@ -78,6 +88,7 @@ def local_server(notify: Callable[[str], None]) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with(os.getpid()),
         )
         # A call that is told to end must end its server too.
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -126,6 +137,31 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """Run in a new process, has it told to stop (SIGTERM) when its parent ends, however it ends."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
+
+    return ask
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say in a line what BentoML would say in fifty."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartFailed(
+                f"Nothing can be served at {host}:{port}: {error.strerror}. Stop what listens "
+                "there, or choose another --port."
+            ) from error
 
 
 def _free_port() -> int:
