@@ -45,6 +45,11 @@ lint: export-environment  ## style and types
 .PHONY: check
 check: lint test  ## lint, then test
 
+.PHONY: proto
+proto: export-environment  ## generate remix_v1/ from proto/remix/v1/remix.proto
+	.venv-dev/bin/python -m grpc_tools.protoc -Iremix_v1=proto/remix/v1 \
+		--python_out=. --pyi_out=. --grpc_python_out=. remix_v1/remix.proto
+
 .PHONY: bench
 bench: export-environment  ## the project's benchmarks; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"

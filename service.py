@@ -1,4 +1,4 @@
-"""The composing service: every call of the HTTP API, over the five runners.
+"""The composing service: every call of HTTP and of gRPC, over the five runners.
 
     bentoml serve service:Remix     the composer, and beside it every runner that no
                                     PHILHARMONICS_RUNNER_* variable says is elsewhere
@@ -10,21 +10,33 @@ app (`http_api`), because BentoML's own cannot speak of media types, streams and
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any, cast
 
 import bentoml
+import click
+from bentoml._internal.configuration.containers import BentoMLContainer
 
-from http_api.app import WORK_S, Desk, build_app
+from grpc_service import GrpcService, check_port
+from http_api.app import build_app
 from http_api.guard import Guard
+from http_api.problems import problem
+from jobs.database import Database, open_database
+from jobs.desk import WORK_S, Desk
+from jobs.door import check_address
+from jobs.keys import KeyStore
 from remix.composer import Composer, warm_up
 from remix.manifest import read_manifest
-from remix.stages import STAGES
+from remix.settings import GRPC_HOST
 from runners.beside import beside, settings_with_runtime_dir
+from runners.ingress import Draining, Ingress
+from runners.processes import end_with_first
 from runners.remote_stages import Runners
 from runners.runner import QUIET_MALLOC
 
 _settings = settings_with_runtime_dir()
-_desk = Desk(_settings.max_remixes)
+_ingress = Ingress(_settings.drain_s)
+_desk = Desk(_settings.max_remixes, asks_for_keys=_settings.keys == "on")
 
 
 @bentoml.service(
@@ -44,24 +56,58 @@ class Remix:
     convert_voice = beside("convert_voice", _settings)
     synthesize_audio = beside("synthesize_audio", _settings)
 
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def refuse_to_start_open() -> None:
+        """Before anything listens: BentoML's own default is every address of the machine."""
+        command = click.get_current_context(silent=True)
+        host = command.params.get("host") if command is not None else None
+        host = host or BentoMLContainer.http.host.get()
+        check_address(host, _settings)
+        if _settings.grpc_port:
+            # The workers, who are not told where they listen, inherit it.
+            os.environ[GRPC_HOST] = grpc_host = _settings.grpc_host or host
+            check_address(grpc_host, _settings)
+            check_port(grpc_host, _settings.grpc_port)
+
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def open(self) -> None:
         """Warm up, prepare the channels to the runners, and take requests."""
+        end_with_first()
         await asyncio.to_thread(warm_up)
+        self._database = Database(await asyncio.to_thread(open_database, _settings.database_url))
+        _desk.keys = KeyStore(self._database)
+        if _desk.door.asks_for_keys:
+            await _desk.door.open(_desk.keys.list)
         manifest = read_manifest()
         self._runners = Runners(_settings, manifest)
+        _ingress.heed_signals()
         _desk.open(Composer(_settings, manifest, self._runners.for_song))
+        self._grpc = GrpcService(_desk, _settings, self._is_ready)
+        if _settings.grpc_port:
+            await self._grpc.start()
+            _ingress.on_stop(self._grpc.drain)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def close(self) -> None:
         """Take no more requests, and close the channels."""
+        await self._grpc.stop()
         _desk.open(None)
+        await _desk.door.close()
         await self._runners.close()
+        self._database.close()
 
     async def __is_ready__(self) -> bool:
-        """Whether every runner is ready."""
-        return all(await asyncio.gather(*(self._runners.is_ready(stage) for stage in STAGES)))
+        """What `/readyz` says."""
+        return self._is_ready()
+
+    def _is_ready(self) -> bool:
+        """Whether every runner is ready, and requests are taken."""
+        return not _ingress.is_stopping and not self._runners.unavailable()
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
-cast(Any, Remix).add_asgi_middleware(Guard, max_body_bytes=_settings.max_upload_bytes)
+cast(Any, Remix).add_asgi_middleware(Draining, ingress=_ingress, answer=problem)
+cast(Any, Remix).add_asgi_middleware(
+    Guard, door=_desk.door, max_body_bytes=_settings.max_upload_bytes
+)

@@ -80,10 +80,17 @@ def remix(
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=3000, show_default=True, help="Port to listen on.")
-def serve(host: str, port: int) -> None:
+@click.option(
+    "--grpc-port",
+    default=3001,
+    show_default=True,
+    envvar="PHILHARMONICS_GRPC_PORT",
+    help="Port to listen on for gRPC; 0 for no gRPC.",
+)
+def serve(host: str, port: int, grpc_port: int) -> None:
     """Start every stage and the composer on this machine, until interrupted."""
     with _errors():
-        sys.exit(serve_forever(host, port))
+        sys.exit(serve_forever(host, port, grpc_port))
 
 
 @main.command()

@@ -38,13 +38,13 @@ def command(host: str, port: int) -> list[str]:
     return [*serve, "--host", host, "--port", str(port)]
 
 
-def serve_forever(host: str, port: int) -> int:
+def serve_forever(host: str, port: int, grpc_port: int) -> int:
     """Serve until interrupted; the exit status of the server.
 
     Interrupts reach the server too, being in the same process group: it stops by itself.
     """
     with (
-        _bentoml_home() as environment,
+        _environment(grpc_port) as environment,
         subprocess.Popen(command(host, port), cwd=ROOT, env=environment) as server,
     ):
         signal.signal(signal.SIGTERM, lambda *_: server.terminate())
@@ -69,7 +69,7 @@ def local_server(notify: Callable[[str], None]) -> Iterator[str]:
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     notify("No server is running: starting one for this call (`philharmonics serve` keeps one).")
-    with tempfile.TemporaryFile("w+") as log, _bentoml_home() as environment:
+    with tempfile.TemporaryFile("w+") as log, _environment(grpc_port=0) as environment:
         server = subprocess.Popen(
             command("127.0.0.1", port),
             cwd=ROOT,
@@ -90,13 +90,18 @@ def local_server(notify: Callable[[str], None]) -> Iterator[str]:
 
 
 @contextmanager
-def _bentoml_home() -> Iterator[dict[str, str]]:
-    """An environment with a BentoML home of its own.
+def _environment(grpc_port: int) -> Iterator[dict[str, str]]:
+    """With a port for gRPC, 0 for none, and a BentoML home of its own.
 
     BentoML empties the metrics folder in its home at every start, another server's too.
     """
     with tempfile.TemporaryDirectory(prefix="philharmonics-", ignore_cleanup_errors=True) as home:
-        yield {**os.environ, "BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True"}
+        yield {
+            **os.environ,
+            "BENTOML_HOME": home,
+            "BENTOML_DO_NOT_TRACK": "True",
+            "PHILHARMONICS_GRPC_PORT": str(grpc_port),
+        }
 
 
 def _await_ready(server: subprocess.Popen[bytes], url: str, log: TextIO) -> None:

@@ -1,82 +1,35 @@
-"""Who is let in, and for how long: bounded slots, a caller who leaves, a deadline."""
+"""How long a request is worked for: until its caller leaves."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from remix.errors import Cancelled, DeadlineExceeded, QueueFull
+from remix.errors import Cancelled
 
 Result = TypeVar("Result")
 
 
-class Slots:
-    """So many requests at once; the next one is refused, not queued.
-
-    Args:
-        limit: requests at once.
-        what: their name, for the refusal.
-    """
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit = limit
-        self._what = what
-        self.taken = 0
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold a slot.
-
-        Raises:
-            QueueFull: none is free.
-        """
-        if self.taken >= self._limit:
-            raise QueueFull(
-                f"{self.taken} {self._what} are running, and this service runs at most "
-                f"{self._limit} at once.",
-                value=self.taken,
-                limit=self._limit,
-                remedy="Try again when Retry-After has passed.",
-            )
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
-
-
-async def while_wanted(
-    request: Request, work: Coroutine[Any, Any, Result], deadline_s: float
-) -> Result:
-    """Await `work`, and cancel it when the caller goes away or the time has run out.
+async def while_wanted(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Await `work`, and cancel it when the caller goes away.
 
     Args:
         request: its body must have been read: what comes next is the caller's leaving.
         work: is cancelled, and has ended, when this returns.
-        deadline_s: from now.
 
     Raises:
         Cancelled: the caller went away.
-        DeadlineExceeded: the work took longer than `deadline_s`.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_leaving(request))
     try:
-        await asyncio.wait({task, gone}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if gone.done():
-            raise Cancelled("The caller closed the connection before the answer was ready.")
-        raise DeadlineExceeded(
-            f"The work was not done after {deadline_s:g} s, which is the service's limit.",
-            value=f"more than {deadline_s:g} s",
-            limit=deadline_s,
-            remedy="Send a shorter song, or ask for the stages one by one.",
-        )
+        raise Cancelled("The caller closed the connection before the answer was ready.")
     finally:
         for pending in (task, gone):
             pending.cancel()

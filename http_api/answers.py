@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import zipfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import BinaryIO, cast
 
 import anyio.to_thread
@@ -15,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from remix.audio import Audio
 from remix.audio_codec import Format, encode
-from remix.composer import Composer, NotesOnGrid, tracks_of_stems
-from remix.midi import write_midi
+from remix.composer import Composer, NotesOnGrid
 from remix.note_json import write_json
-from remix.report import MadeRemix, report
+from remix.report import MadeRemix
+from remix.result_files import remix_files, stem_files
 
 WAV, FLAC, MP3, ZIP = "audio/wav", "audio/flac", "audio/mpeg", "application/zip"
 MIDI, JSON = "audio/midi", "application/json"
@@ -35,14 +34,14 @@ FILE_MODE = 0o644
 async def of_remix(made: MadeRemix, composer: Composer, media_type: str) -> Response:
     """The remix alone, or all there is of it."""
     if media_type == ZIP:
-        parts = _remix_parts(made, composer)
+        parts = remix_files(made, composer.manifest, composer.models_dir)
         return FileAnswer(await anyio.to_thread.run_sync(write_zip, parts), ZIP)
     return await of_audio(made.remix.audio, media_type)
 
 
 async def of_stems(stems: Mapping[str, Audio]) -> Response:
     """Stems, as they came out of the separation: floats, not clipped."""
-    return FileAnswer(await anyio.to_thread.run_sync(write_zip, _stem_parts(stems)), ZIP)
+    return FileAnswer(await anyio.to_thread.run_sync(write_zip, stem_files(stems)), ZIP)
 
 
 async def of_audio(audio: Audio, media_type: str) -> Response:
@@ -55,24 +54,6 @@ def of_notes(notes: NotesOnGrid, media_type: str) -> Response:
     """A MIDI file, or JSON."""
     content = notes.midi() if media_type == MIDI else write_json(notes.tracks)
     return Response(content, media_type=media_type)
-
-
-def _remix_parts(made: MadeRemix, composer: Composer) -> Iterator[tuple[str, bytes]]:
-    remix = made.remix
-    rate_hz, duration_s = remix.song.sample_rate_hz, remix.song.duration_s
-    yield "remix.wav", encode(remix.audio, "wav16")
-    yield from _stem_parts({name: Audio(stem, rate_hz) for name, stem in remix.stems.items()})
-    yield "notes.mid", write_midi(tracks_of_stems(remix.band.heard), remix.band.grid, duration_s)
-    yield "generated.mid", write_midi(remix.band.written, remix.band.grid, duration_s)
-    yield "voice.wav", encode(remix.voice.audio, "wav")
-    facts, picture = report(made, composer.manifest, composer.models_dir)
-    yield "report.json", json.dumps(facts, indent=2).encode()
-    yield "report.png", picture
-
-
-def _stem_parts(stems: Mapping[str, Audio]) -> Iterator[tuple[str, bytes]]:
-    for name, stem in stems.items():
-        yield f"stems/{name}.wav", encode(stem, "wav")
 
 
 class FileAnswer(StreamingResponse):

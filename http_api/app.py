@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -13,97 +12,41 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
-from http_api.admission import Slots, while_wanted
+from http_api.admission import while_wanted
 from http_api.catalogue import ModelList, VoiceList, model_list, voice_list
+from http_api.key_routes import add_key_routes
 from http_api.negotiation import choose
 from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
 from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
 from http_api.progress_board import ProgressBoard
 from http_api.stage_routes import FORM_ROUTES, FormRoute
 from http_api.uploads import read_upload
-from remix.composer import Composer
-from remix.errors import DeadlineExceeded, RemixError, RunnerUnavailable
+from jobs.desk import Desk
+from remix.errors import RemixError
 from remix.options import parse_options
 
-UPLOAD_S = 600.0
-"""How long a caller may take to send a request: 200 MB at 3 Mbit/s."""
 
-WORK_S = 3_000.0
-"""How long the work of one request may take: five times the longest song."""
-
-UPLOADS_PER_REMIX = 8
-"""Uploads at once for each remix at once: a slow one takes no slot of the work, but disk."""
-
-STAGE_CALLS_PER_REMIX = 4
-"""Calls of single stages that are let in for each remix that is: each holds less."""
-
-
-class Desk:
-    """What the routes share: the composer, the slots, the progress board.
-
-    Args:
-        max_remixes: whole songs at once.
-    """
-
-    def __init__(self, max_remixes: int) -> None:
-        self._composer: Composer | None = None
-        self.board = ProgressBoard()
-        self.uploads = Slots(max_remixes * UPLOADS_PER_REMIX, "uploads")
-        self.slots = {
-            True: Slots(max_remixes, "remixes"),
-            False: Slots(max_remixes * STAGE_CALLS_PER_REMIX, "calls of single stages"),
-        }
-
-    def open(self, composer: Composer | None) -> None:
-        """Take requests for this composer from now on; for none, refuse them."""
-        self._composer = composer
-
-    @property
-    def composer(self) -> Composer:
-        """Who does the work.
-
-        Raises:
-            RunnerUnavailable: the service is starting or stopping.
-        """
-        if self._composer is None:
-            raise RunnerUnavailable(
-                "The service is starting or stopping; it must be ready.",
-                value="not ready",
-                limit="ready",
-                remedy="Try again when GET /readyz answers 200.",
-            )
-        return self._composer
-
-    async def serve(self, request: Request, route: FormRoute[Any]) -> Response:
-        """One request, from its headers to its answer; nothing of it is left behind."""
-        with self.board.entry(request.headers.get("x-request-id")) as progress:
-            media_type = choose(request.headers.get("accept"), route.offers)
-            async with AsyncExitStack() as stack:
-                slots = self.slots[route.is_whole_flow]
-                with slots.hold():  # refuse before the upload what would be refused after it
-                    pass
-                try:
-                    with self.uploads.hold():
-                        async with asyncio.timeout(UPLOAD_S):
-                            upload = await stack.enter_async_context(
-                                read_upload(request, route.part)
-                            )
-                except TimeoutError as error:
-                    raise DeadlineExceeded(
-                        f"The request was not here after {UPLOAD_S:.0f} s, the limit.",
-                        value=f"more than {UPLOAD_S:.0f} s",
-                        limit=UPLOAD_S,
-                        remedy="Send a smaller file.",
-                    ) from error
-                # Not while it uploads: slow callers would keep the others out.
-                stack.enter_context(slots.hold())
+async def serve(
+    desk: Desk, board: ProgressBoard, request: Request, route: FormRoute[Any]
+) -> Response:
+    """One request, from its headers to its answer; nothing of it is left behind."""
+    with board.entry(request.headers.get("x-request-id")) as progress:
+        media_type = choose(request.headers.get("accept"), route.offers)
+        async with AsyncExitStack() as stack:
+            with desk.slots[route.is_whole_flow].hold():
+                pass  # refuse before the upload what would be refused after it
+            async with desk.uploading():
+                upload = await stack.enter_async_context(read_upload(request, route.part))
+            # Not while it uploads: slow callers would keep the others out.
+            async with desk.working(route.is_whole_flow):
                 options = parse_options(route.options, upload.options)
-                work = route.work(self.composer, upload.path, options, media_type, progress)
-                return await while_wanted(request, work, WORK_S)
+                work = route.work(desk.composer, upload.path, options, media_type, progress)
+                return await while_wanted(request, work)
 
 
 def build_app(desk: Desk) -> FastAPI:
     """The application that `service.py` mounts."""
+    board = ProgressBoard()
     app = FastAPI(
         title="Deep Philharmonics",
         version="1",
@@ -119,7 +62,7 @@ def build_app(desk: Desk) -> FastAPI:
     for route in FORM_ROUTES:
         app.add_api_route(
             route.path,
-            _endpoint(desk, route),
+            _endpoint(desk, board, route),
             methods=["POST"],
             name=route.path.rsplit("/", 1)[-1],
             summary=route.summary,
@@ -129,14 +72,17 @@ def build_app(desk: Desk) -> FastAPI:
             openapi_extra=form(route.part, route.takes, route.options, route.example),
         )
     _add_lists(app, desk)
-    _add_progress(app, desk)
+    _add_progress(app, board)
+    add_key_routes(app, desk)
     _add_docs(app)
     return app
 
 
-def _endpoint(desk: Desk, route: FormRoute[Any]) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(
+    desk: Desk, board: ProgressBoard, route: FormRoute[Any]
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await desk.serve(request, route)
+        return await serve(desk, board, request, route)
 
     return endpoint
 
@@ -159,7 +105,7 @@ def _add_lists(app: FastAPI, desk: Desk) -> None:
         return model_list(desk.composer)
 
 
-def _add_progress(app: FastAPI, desk: Desk) -> None:
+def _add_progress(app: FastAPI, board: ProgressBoard) -> None:
     @app.get(
         # A parameter, not a part of the path: /metrics has a series for every path.
         "/v1/progress",
@@ -185,7 +131,7 @@ def _add_progress(app: FastAPI, desk: Desk) -> None:
         It may be asked for shortly before the request itself arrives. Known are the requests of
         this process that run or have ended not long ago.
         """
-        entry = await desk.board.watch(request_id)
+        entry = await board.watch(request_id)
         return StreamingResponse(
             entry.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )

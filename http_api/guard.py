@@ -1,4 +1,4 @@
-"""Around every route of the port, BentoML's own too: no pickle, no endless body, only problems."""
+"""Around every route of the port, BentoML's own too: who may, no pickle, no endless body."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from http_api.problems import MEDIA_TYPE, Refusal, framework_refusal, problem
+from http_api.scopes import need_of
+from jobs.door import ANYBODY, Caller, Door
 from remix.errors import LimitExceeded, RemixError, excerpt
 
 PICKLE = "application/vnd.bentoml+pickle"
@@ -23,26 +25,34 @@ _log = logging.getLogger(__name__)
 class Guard:
     """ASGI middleware of the whole service.
 
-    A body that is too large is refused by its declared length before a byte of it is read, or,
-    if it has none, by the count, while it streams; nothing is kept of it. An error that is not
-    yet a problem (the framework's own 404 and 405, a crash) becomes one.
+    Who may not, by `http_api.scopes`, is refused first. A body that is too large is refused by its
+    declared length before a byte of it is read, or, if it has none, by the count, while it
+    streams; nothing is kept of it. An error that is not yet a problem (the framework's own 404 and
+    405, a crash) becomes one.
 
     Args:
         app: what is guarded.
+        door: knows who may.
         max_body_bytes: of a request.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, door: Door, max_body_bytes: int) -> None:
         self._app = app
+        self._door = door
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one request."""
+        if scope["type"] == "websocket":
+            # There are none: closed before it is accepted, it is answered 403.
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
         try:
+            scope.setdefault("state", {})["caller"] = await self._admit(scope)
             self._refuse_at_sight(Headers(scope=scope))
             await self._app(scope, self._counted(receive), answer.send)
         except (RemixError, HTTPException) as error:
@@ -52,6 +62,16 @@ class Guard:
             await answer.close_with(error, scope, receive)
         else:
             await answer.finish(scope, receive)
+
+    async def _admit(self, scope: Scope) -> Caller:
+        need = need_of(scope["method"], scope["path"])
+        if need == "nothing":
+            return ANYBODY
+        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        is_key = kind.lower() == "bearer" and token
+        return await self._door.admit(
+            token.strip() if is_key else None, None if need == "any key" else need
+        )
 
     def _refuse_at_sight(self, headers: Headers) -> None:
         media_type = headers.get("content-type", "").split(";")[0].strip().lower()
@@ -96,6 +116,12 @@ class Guard:
             limit=self._max_body_bytes,
             remedy="Send a shorter song, or a compressed one (FLAC, MP3, Opus).",
         )
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent a request that the guard has let through."""
+    caller: Caller = request.state.caller
+    return caller
 
 
 class _Answer:

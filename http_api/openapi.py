@@ -77,6 +77,30 @@ _REFUSALS: Sequence[errors.RemixError | Refusal] = (
         limit=["allison", "carlo"],
         remedy="Use one of these names.",
     ),
+    errors.Unauthenticated(
+        "The request has no API key; it must have one.",
+        value="no key",
+        limit="a key that is valid",
+        remedy="Send the header Authorization: Bearer KEY.",
+    ),
+    errors.Forbidden(
+        "The API key has the scopes voices; this route needs remix.",
+        value=["voices"],
+        limit="remix",
+        remedy="Use a key with this scope.",
+    ),
+    errors.Conflict(
+        "Job 1 is there already, for another song or with other options.",
+        value="1",
+        limit="1 request for each id",
+        remedy="Give each request an id of its own.",
+    ),
+    errors.StorageUnavailable(
+        "The database does not answer; it must.",
+        value="no answer",
+        limit="an answer",
+        remedy="Try again when Retry-After has passed.",
+    ),
     errors.QueueFull(
         "2 remixes are running, and this service runs at most 2 at once.",
         value=2,
@@ -192,7 +216,7 @@ UPLOAD_PROBLEMS = problems(
     *(
         kind
         for error, kind in PROBLEMS.items()
-        if error not in (errors.Cancelled, errors.InvalidModel)
+        if error not in (errors.Cancelled, errors.InvalidModel, errors.ModelFailed)
     ),
 )
 """What any route with a form can answer."""

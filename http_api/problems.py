@@ -7,6 +7,7 @@ path, a method, a media type) is a `Refusal`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -21,6 +22,9 @@ from remix import errors
 from remix.errors import excerpt
 
 MEDIA_TYPE = "application/problem+json"
+
+CHALLENGE = 'Bearer realm="philharmonics"'
+"""What a 401 asks for (RFC 6750)."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +51,22 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     errors.InvalidNotes: Kind(422, "invalid-notes", "The notes cannot be used"),
     errors.InvalidOption: Kind(422, "invalid-option", "An option is wrong"),
     errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
-    errors.NotFound: Kind(404, "not-found", "No such voice or model"),
+    errors.NotFound: Kind(404, "not-found", "No such voice, model or job"),
+    errors.Conflict: Kind(409, "conflict", "The id stands for another request"),
     errors.InvalidModel: Kind(500, "invalid-model", "A model of the service is damaged"),
-    # A remix takes minutes: a shorter wait would only be refused again.
+    errors.ModelFailed: Kind(500, "model-failed", "A model of the service failed"),
+    errors.Unauthenticated: Kind(401, "unauthenticated", "An API key is needed"),
+    errors.Forbidden: Kind(403, "forbidden", "The API key does not reach so far"),
+    # Where the error does not know better. A remix takes minutes: sooner is refused again.
     errors.QueueFull: Kind(429, "queue-full", "The service is busy", retry_after_s=30),
     errors.DeadlineExceeded: Kind(504, "deadline-exceeded", "The time ran out"),
     # 499 is nginx's "client closed request"; nobody is left to read it but the access log.
     errors.Cancelled: Kind(499, "cancelled", "The caller went away"),
     errors.RunnerUnavailable: Kind(
         503, "runner-unavailable", "A stage is not reachable", retry_after_s=10
+    ),
+    errors.StorageUnavailable: Kind(
+        503, "storage-unavailable", "The database or the files are away", retry_after_s=10
     ),
 }
 
@@ -131,8 +142,11 @@ def problem(error: Exception) -> JSONResponse:
     """The answer to a request that ended in `error`."""
     kind = kind_of(error)
     headers = dict(getattr(error, "headers", None) or {})
-    if kind.retry_after_s is not None:
-        headers.setdefault("Retry-After", str(kind.retry_after_s))
+    retry_after_s = getattr(error, "retry_after_s", None) or kind.retry_after_s
+    if retry_after_s is not None:
+        headers.setdefault("Retry-After", str(math.ceil(retry_after_s)))
+    if kind.status == 401:
+        headers["WWW-Authenticate"] = CHALLENGE
     return JSONResponse(body_of(error), kind.status, headers, MEDIA_TYPE)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from remix.pitch import PitchTrack, clean_pitch, octaves_to_range
 from remix.resample import StreamingResampler, resample, to_mono
 from remix.stages import Infer, Progress, Tensors
 from remix.vocal_frames import (
+    CONTENT_SAMPLES,
     CONTEXT_SAMPLES,
     CORE_SAMPLES,
     FRAME_SAMPLES,
@@ -37,6 +38,7 @@ from remix.vocal_frames import (
     frame_level_db,
     join_phrases,
     join_windows,
+    repeat_content,
 )
 
 Result = TypeVar("Result")
@@ -56,6 +58,9 @@ WINDOWS_AT_ONCE = 4
 
 SILENT_DBFS = -60.0
 
+HUBERT_SAMPLES = 400
+"""What one feature of a HuBERT sees: 25 ms."""
+
 
 @dataclass(frozen=True)
 class Voice:
@@ -69,9 +74,15 @@ class Voice:
         high_hz: of the range that it sings well.
         content_model: name of the content encoder that the model was trained with.
         pitch_model: name of the pitch estimator.
-        window_frames: of a window, 100 frames/s.
+        window_frames: of a window.
         latent_channels: of the noise.
         noise_scale: deviation of the noise.
+        sample_rate_hz: of what it sings.
+        frame_samples: of a frame, at its rate.
+        content_expansion: how it was trained to find the content of a frame: "linear" between the
+            features (`expand_content`), or "repeat" them (`repeat_content`).
+        unvoiced_f0: F0 where nothing is voiced, as it was trained: "zero", or "interpolated".
+        has_excitation: whether it takes the phases and the noise of a sine excitation.
     """
 
     name: str
@@ -84,6 +95,11 @@ class Voice:
     window_frames: int
     latent_channels: int
     noise_scale: float
+    sample_rate_hz: int = SAMPLE_RATE_HZ
+    frame_samples: int = FRAME_SAMPLES
+    content_expansion: Literal["linear", "repeat"] = "linear"
+    unvoiced_f0: Literal["zero", "interpolated"] = "zero"
+    has_excitation: bool = True
 
     @classmethod
     def of(cls, entry: ModelEntry, name: str) -> Voice:
@@ -114,6 +130,11 @@ class Voice:
                 window_frames=facts["window_frames"],
                 latent_channels=facts["latent_channels"],
                 noise_scale=facts["noise_scale"],
+                sample_rate_hz=entry.sample_rate_hz,
+                frame_samples=facts["frame_samples"],
+                content_expansion=facts["content_expansion"],
+                unvoiced_f0=facts["unvoiced_f0"],
+                has_excitation=any(spec.name == PHASE for spec in entry.files[0].inputs),
             )
         except KeyError as error:
             raise InvalidModel(f"models.toml: {entry.name} lacks the fact {error}.") from error
@@ -158,11 +179,11 @@ async def convert_voice(
         vocal: how long they are together.
         voice: who sings.
         infer: runs the three models:
-            content encoder {"samples": [B, 160000]} -> {"content": [B, 500, 384]},
+            content encoder {"samples": [B, 160000]} -> {"content": [B, M, F]}, 50 features/s,
             pitch estimator {"samples": [B, 160000]} -> {"f0_hz", "confidence": [B, 1000]},
-            voice {"content": [B, N, 384], "f0_hz", "voiced": [B, N], "speaker": [B, 1],
-            "noise": [B, N, latent], "phase": [B, N, 9], "source_noise": [B, N * 160]}
-            -> {"audio": [B, N * 160]}.
+            voice {"content": [B, N, F], "f0_hz", "voiced": [B, N], "speaker": [B, 1],
+            "noise": [B, N, latent]} and, with an excitation, {"phase": [B, N, 9],
+            "source_noise": [B, N * hop]} -> {"audio": [B, N * hop]}.
         octaves: transposition; None fits the voice's range.
         noise_seed: the same seed gives the same sound.
         progress: is told after every window; analysis is the first third.
@@ -179,8 +200,10 @@ async def convert_voice(
         sung = await _sing(analysis, track.shifted(octaves), voice, noise_seed, work)
     finally:
         await work.close()
-    sung = await asyncio.to_thread(follow_loudness, sung, analysis.samples)
-    samples = await asyncio.to_thread(resample, sung[None], SAMPLE_RATE_HZ, vocal.sample_rate_hz)
+    sung = await asyncio.to_thread(follow_loudness, sung, analysis.samples, voice.frame_samples)
+    samples = await asyncio.to_thread(
+        resample, sung[None], voice.sample_rate_hz, vocal.sample_rate_hz
+    )
     work.tell(1.0)
     voiced_hz = track.f0_hz[track.voiced]
     return ConvertedVocal(
@@ -204,24 +227,39 @@ class Analysis:
     """A whole vocal as the voice needs it.
 
     Args:
-        samples: [T], mono, 16 kHz, T a multiple of FRAME_SAMPLES.
-        content: [M, 384], 50 frames/s.
+        samples: [N * hop], mono, at the voice's rate.
+        content: [M, F], 50 features/s.
+        content_ratio: features per frame of the voice, counted as the encoder does.
         track: its melody, 100 frames/s.
         level_db: [N].
     """
 
     samples: Floats
     content: Floats
+    content_ratio: float
     track: PitchTrack
     level_db: Floats
 
+    def content_of(self, first: int, voice: Voice) -> Floats:
+        """[voice.window_frames, F]: the content from a frame on."""
+        if voice.content_expansion == "linear":
+            return expand_content(self.content, first, voice.window_frames)
+        return repeat_content(self.content, first, voice.window_frames, self.content_ratio)
 
-def harmonic_phases(f0_hz: Floats, rng: np.random.Generator) -> Floats:
+
+def harmonic_phases(
+    f0_hz: Floats,
+    rng: np.random.Generator,
+    frame_samples: int = FRAME_SAMPLES,
+    sample_rate_hz: int = SAMPLE_RATE_HZ,
+) -> Floats:
     """Phase of F0 and its overtones where each frame begins, one random start for the song.
 
     Args:
         f0_hz: [N], 0 where unvoiced: there the phase rests.
         rng: draws where the overtones start.
+        frame_samples: of a frame.
+        sample_rate_hz: of the excitation.
 
     Returns:
         [N, HARMONICS], cycles in [0, 1).
@@ -229,10 +267,45 @@ def harmonic_phases(f0_hz: Floats, rng: np.random.Generator) -> Floats:
     Source: so-vits-svc-fork 4.2.30, `SineGen._f02sine`.
     """
     harmonic = np.arange(1, HARMONICS + 1)
-    step = f0_hz.astype(np.float64) * FRAME_SAMPLES / SAMPLE_RATE_HZ
+    step = f0_hz.astype(np.float64) * frame_samples / sample_rate_hz
     begin = np.cumsum(step) - step
     start = np.concatenate([[0.0], rng.random(HARMONICS - 1)])
     return np.asarray(np.mod(begin[:, None] * harmonic + start, 1.0), np.float32)
+
+
+def content_features(n_samples: int, voice: Voice) -> int:
+    """How many content features a vocal has; a voice that repeats them counts whole ones only.
+
+    Args:
+        n_samples: of the vocal at 16 kHz.
+        voice: that will sing them.
+
+    Source: HuBERT's convolutions see 400 samples every 320 (Hsu et al. 2021, section III-B).
+    """
+    if voice.content_expansion == "linear":
+        return -(-n_samples // CONTENT_SAMPLES)
+    return max(n_samples - HUBERT_SAMPLES, 0) // CONTENT_SAMPLES + 1
+
+
+def track_in_frames(track: PitchTrack, n_frames: int, voice: Voice) -> PitchTrack:
+    """The melody where each frame of a voice begins; the same if the voice has 100 frames/s.
+
+    F0 is interpolated in log frequency, voicing is that of the nearest estimate.
+
+    Args:
+        track: 100 frames/s, frame i centred 5 ms after its beginning.
+        n_frames: of the vocal, in the voice's frames.
+        voice: whose frames.
+
+    Source: so-vits-svc-fork 4.2.30, `f0.compute_f0`: F0 at multiples of the hop.
+    """
+    if not n_frames or voice.sample_rate_hz * FRAME_SAMPLES == voice.frame_samples * SAMPLE_RATE_HZ:
+        return track
+    begin_s = np.arange(n_frames) * (voice.frame_samples / voice.sample_rate_hz)
+    position = begin_s * (SAMPLE_RATE_HZ / FRAME_SAMPLES) - 0.5
+    log_f0 = np.interp(position, np.arange(len(track.f0_hz)), np.log2(track.f0_hz))
+    nearest = np.clip(np.round(position).astype(np.int64), 0, len(track.voiced) - 1)
+    return PitchTrack(np.exp2(log_f0).astype(np.float32), track.voiced[nearest])
 
 
 async def _analyse(
@@ -240,6 +313,8 @@ async def _analyse(
 ) -> Analysis:
     resampler = StreamingResampler(vocal.sample_rate_hz, SAMPLE_RATE_HZ, 1)
     pieces = [np.zeros(CONTEXT_SAMPLES, np.float32)]  # silence before the vocal
+    voice_resampler = StreamingResampler(vocal.sample_rate_hz, voice.sample_rate_hz, 1)
+    voice_pieces: list[Floats] = []  # of the vocal at the voice's rate, if that is another
     tasks: list[asyncio.Task[_Window]] = []
     n_windows = -(-vocal.n_samples * SAMPLE_RATE_HZ // vocal.sample_rate_hz // CORE_SAMPLES)
 
@@ -256,20 +331,36 @@ async def _analyse(
             begin_windows(is_last=False)
 
     async for chunk in chunks:
-        pieces.append(resampler.push(to_mono(chunk))[0])
+        mono = to_mono(chunk)
+        pieces.append(resampler.push(mono)[0])
+        if voice.sample_rate_hz != SAMPLE_RATE_HZ:
+            voice_pieces.append(voice_resampler.push(mono)[0])
         begin_windows(is_last=False)
     pieces.append(resampler.flush()[0])
-    n_frames = -(-(_length(pieces) - CONTEXT_SAMPLES) // FRAME_SAMPLES)
+    n_samples = _length(pieces) - CONTEXT_SAMPLES
+    n_frames = -(-n_samples // FRAME_SAMPLES)
     begin_windows(is_last=True)
     windows = await asyncio.gather(*tasks)
 
-    samples = cut_frames(np.concatenate(pieces)[CONTEXT_SAMPLES:], 0, n_frames, FRAME_SAMPLES)
-    level_db = frame_level_db(samples)
+    heard = np.concatenate(pieces)[CONTEXT_SAMPLES:][:n_samples]
+    level_db = frame_level_db(cut_frames(heard, 0, n_frames, FRAME_SAMPLES))
     f0_hz = join_windows([window.f0_hz for window in windows], n_frames)
     confidence = join_windows([window.confidence for window in windows], n_frames)
-    content = join_windows([window.content for window in windows], -(-n_frames // 2))
     track = await asyncio.to_thread(clean_pitch, f0_hz, confidence, level_db)
-    return Analysis(samples, content, track, level_db)
+
+    if voice.sample_rate_hz != SAMPLE_RATE_HZ:
+        heard = np.concatenate([*voice_pieces, voice_resampler.flush()[0]])
+    hop = voice.frame_samples
+    n_voice_frames = -(-len(heard) // hop)
+    samples = cut_frames(heard, 0, n_voice_frames, hop)
+    n_features = content_features(n_samples, voice)
+    return Analysis(
+        samples,
+        join_windows([window.content for window in windows], n_features),
+        n_features / max(len(heard) // hop, 1),
+        track_in_frames(track, n_voice_frames, voice),
+        frame_level_db(samples, hop),
+    )
 
 
 @dataclass(frozen=True)
@@ -295,31 +386,32 @@ async def _sing(
     phrases = cut_phrases(analysis.level_db, track.voiced, voice.window_frames)
     rng = np.random.default_rng(noise_seed)
     n_frames = len(track.voiced)
-    f0_hz = track.f0_hz * track.voiced  # 0 where unvoiced: the voice was trained with noise there
-    phase = harmonic_phases(f0_hz, rng)
+    f0_hz = track.f0_hz * track.voiced if voice.unvoiced_f0 == "zero" else track.f0_hz
+    hop, length = voice.frame_samples, voice.window_frames
+    phase = harmonic_phases(f0_hz, rng, hop, voice.sample_rate_hz)
     noise = rng.standard_normal((n_frames, voice.latent_channels), np.float32) * voice.noise_scale
-    source_noise = rng.standard_normal(n_frames * FRAME_SAMPLES, np.float32)
-    length = voice.window_frames
+    source_noise = rng.standard_normal(n_frames * hop, np.float32)
 
     async def sing(index: int, phrase: Phrase) -> Floats | None:
         if analysis.level_db[phrase.start : phrase.stop].max() < SILENT_DBFS:
             return None
         first = phrase.first
-        inputs: Tensors = {
-            CONTENT: expand_content(analysis.content, first, length)[None],
+        inputs: dict[str, NDArray[Any]] = {
+            CONTENT: analysis.content_of(first, voice)[None],
             F0: cut_frames(f0_hz, first, length)[None],
             VOICED: cut_frames(track.voiced.astype(np.float32), first, length)[None],
             SPEAKER: np.array([[voice.speaker]], np.int64),
             NOISE: cut_frames(noise, first, length)[None].astype(np.float32),
-            PHASE: cut_frames(phase, first, length)[None],
-            SOURCE_NOISE: cut_frames(source_noise, first, length, FRAME_SAMPLES)[None],
         }
+        if voice.has_excitation:
+            inputs[PHASE] = cut_frames(phase, first, length)[None]
+            inputs[SOURCE_NOISE] = cut_frames(source_noise, first, length, hop)[None]
         outputs = await work.infer(voice.model, inputs)
         work.tell(1 / 3 + 2 / 3 * (index + 1) / len(phrases))
         return np.asarray(outputs[AUDIO][0])
 
     tasks = [work.begin(sing(index, phrase)) for index, phrase in enumerate(phrases)]
-    return join_phrases(phrases, await asyncio.gather(*tasks))
+    return join_phrases(phrases, await asyncio.gather(*tasks), hop)
 
 
 class _Work:

@@ -6,12 +6,17 @@
     │   ├── InvalidNotes         a MIDI file or JSON of notes that cannot be used
     │   ├── InvalidOption        an option that is unknown or out of range
     │   ├── LimitExceeded        too large, too long, too many channels, a rate out of range
-    │   └── NotFound             no such voice or model
+    │   ├── NotFound             no such voice, model or job
+    │   └── Conflict             an id that stands for something else already
     ├── InvalidModel             a file whose checksum or signature is not the manifest's
-    ├── QueueFull                the service has as much work as it takes; try again later
+    ├── ModelFailed              a model broke on a window that it should have computed
+    ├── Unauthenticated          no API key, or none that is valid
+    ├── Forbidden                the API key lacks the scope
+    ├── QueueFull                the service, or the key's share of it, is full; try again later
     ├── DeadlineExceeded         the caller's time ran out before the work was done
     ├── Cancelled                the caller went away
-    └── RunnerUnavailable        a stage's runner cannot be reached, or is not ready
+    ├── RunnerUnavailable        a stage's runner cannot be reached, or is not ready
+    └── StorageUnavailable       the database or the file store cannot be reached, or is full
 
 Every message gives the value, the limit and the remedy, and what a caller meets over HTTP has
 them as attributes too. Each transport maps every leaf to a status in its own table, and a test
@@ -36,6 +41,7 @@ class RemixError(Exception):
         value: what was found, as JSON has it, in the message's unit.
         limit: what would have been taken: a bound, [lowest, highest], or the known names.
         remedy: what to do, a sentence of its own.
+        retry_after_s: when it may be otherwise, where that can be told.
     """
 
     def __init__(
@@ -45,12 +51,14 @@ class RemixError(Exception):
         value: object = None,
         limit: object = None,
         remedy: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(f"{message} {remedy}" if remedy else message)
         self.message = message
         self.value = value
         self.limit = limit
         self.remedy = remedy
+        self.retry_after_s = retry_after_s
 
     def parts(self) -> dict[str, Any]:
         """What the error is made of again: `type(error)(**error.parts())`, in another process."""
@@ -59,6 +67,7 @@ class RemixError(Exception):
             "value": self.value,
             "limit": self.limit,
             "remedy": self.remedy,
+            "retry_after_s": self.retry_after_s,
         }
 
 
@@ -83,15 +92,31 @@ class LimitExceeded(InvalidInput):
 
 
 class NotFound(InvalidInput):
-    """The named voice or model does not exist."""
+    """The named voice, model or job does not exist."""
+
+
+class Conflict(InvalidInput):
+    """The caller's id stands for another request already."""
 
 
 class InvalidModel(RemixError):
     """A model file does not match its manifest entry."""
 
 
+class ModelFailed(RemixError):
+    """A model broke while it computed: a fault of the service; another try would break it again."""
+
+
+class Unauthenticated(RemixError):
+    """Who asks has no API key, or one that is not valid."""
+
+
+class Forbidden(RemixError):
+    """The caller's API key does not reach so far."""
+
+
 class QueueFull(RemixError):
-    """The service holds as much work as it takes."""
+    """The service, or the caller's share of it, holds as much work as it takes."""
 
 
 class DeadlineExceeded(RemixError):
@@ -104,6 +129,10 @@ class Cancelled(RemixError):
 
 class RunnerUnavailable(RemixError):
     """A stage's runner cannot be reached or is not ready."""
+
+
+class StorageUnavailable(RemixError):
+    """The database or the file store cannot be reached, or is full."""
 
 
 _SHORTENED = reprlib.Repr()

@@ -16,12 +16,16 @@ from remix.stages import STAGES, Stage
 
 
 class StageTime(Protocol):
-    """Where the calls of one stage's runner spent their time, summed over its windows."""
+    """Where the calls of one stage's runner spent their time, summed over its windows.
+
+    `windows` were computed; `cached` were there from before, and cost neither.
+    """
 
     queue_s: float
     compute_s: float
     transfer_s: float
     windows: int
+    cached: int
 
     @property
     def wall_s(self) -> float:
@@ -122,6 +126,7 @@ def _times(made: MadeRemix) -> dict[str, Any]:
             "transfer_s": round(time.transfer_s, 3),
             "wall_s": round(time.wall_s, 3),
             "windows": time.windows,
+            "cached": time.cached,
         }
         for stage in STAGES
         if (time := made.times.get(stage)) is not None

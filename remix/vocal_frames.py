@@ -12,9 +12,8 @@ Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 SAMPLE_RATE_HZ = 16000  # of content encoder, pitch estimator and the starter voices
-FRAME_SAMPLES = 160  # 100 frames/s: F0 and voice; frame i is centred at sample 160 i + 80
-CONTENT_SAMPLES = 320  # 50 frames/s: content feature j is centred at sample 320 j
-CONTENT_CHANNELS = 384  # Whisper tiny.en
+FRAME_SAMPLES = 160  # 100 frames/s: F0 and starter voices; frame i is centred at 160 i + 80
+CONTENT_SAMPLES = 320  # 50 frames/s: Whisper's feature j is centred at sample 320 j
 WINDOW_SAMPLES = 10 * SAMPLE_RATE_HZ
 CONTEXT_SAMPLES = 1 * SAMPLE_RATE_HZ  # Whisper's first and last features are poor
 CORE_SAMPLES = WINDOW_SAMPLES - 2 * CONTEXT_SAMPLES
@@ -47,7 +46,8 @@ def join_windows(windows: Sequence[Floats], n_frames: int) -> Floats:
     """The cores of analysed windows, one after another.
 
     Args:
-        windows: each [M, ...], M frames over WINDOW_SAMPLES.
+        windows: each [M, ...], M frames over WINDOW_SAMPLES; an encoder whose last frames would
+            reach beyond the window leaves them out.
         n_frames: frames of the whole vocal.
 
     Returns:
@@ -55,8 +55,9 @@ def join_windows(windows: Sequence[Floats], n_frames: int) -> Floats:
     """
     if not windows:
         return np.zeros(0, np.float32)
-    context = len(windows[0]) * CONTEXT_SAMPLES // WINDOW_SAMPLES
-    cores = [window[context : len(window) - context] for window in windows]
+    context = round(len(windows[0]) * CONTEXT_SAMPLES / WINDOW_SAMPLES)
+    core = context * CORE_SAMPLES // CONTEXT_SAMPLES
+    cores = [window[context : context + core] for window in windows]
     return np.concatenate(cores)[:n_frames]
 
 
@@ -81,19 +82,40 @@ def expand_content(content: Floats, first: int, n_frames: int, speed: float = 1.
     return np.asarray(low + share * (high - low), np.float32)
 
 
-def frame_level_db(samples: Floats) -> Floats:
-    """RMS of each frame of 160 samples, smoothed over three, in dBFS (silence: -120).
+def repeat_content(content: Floats, first: int, n_frames: int, ratio: float) -> Floats:
+    """Content features repeated until there are as many as voice frames.
+
+    Args:
+        content: [M, F], of a whole vocal.
+        first: index of the first voice frame.
+        n_frames: how many voice frames.
+        ratio: content features per voice frame, both counted over the whole vocal.
+
+    Returns:
+        [n_frames, F]; before and after the vocal its first and last feature.
+
+    Source: so-vits-svc-fork 4.2.30, `utils.repeat_expand_2d` (torch's "nearest", its scale in
+    float32), with which its voices are trained.
+    """
+    frame = np.arange(first, first + n_frames, dtype=np.float32)
+    index = np.floor(frame * np.float32(ratio)).astype(np.int64)
+    return np.asarray(content[np.clip(index, 0, len(content) - 1)], np.float32)
+
+
+def frame_level_db(samples: Floats, frame_samples: int = FRAME_SAMPLES) -> Floats:
+    """RMS of each frame, smoothed over three, in dBFS (silence: -120).
 
     Args:
         samples: [T].
+        frame_samples: of a frame.
 
     Returns:
-        [T / 160].
+        [T / frame_samples].
     """
-    n_frames = len(samples) // FRAME_SAMPLES
+    n_frames = len(samples) // frame_samples
     if not n_frames:
         return np.zeros(0, np.float32)
-    frames = samples[: n_frames * FRAME_SAMPLES].reshape(n_frames, FRAME_SAMPLES)
+    frames = samples[: n_frames * frame_samples].reshape(n_frames, frame_samples)
     power = np.square(frames.astype(np.float64)).mean(axis=1)
     smooth = np.convolve(np.pad(power, 1, mode="edge"), np.full(3, 1 / 3), mode="valid")
     return (10.0 * np.log10(smooth + 1e-12)).astype(np.float32)
@@ -157,61 +179,67 @@ def cut_frames(array: Floats, first: int, n_frames: int, frame: int = 1) -> Floa
     return window
 
 
-def join_phrases(phrases: Sequence[Phrase], windows: Sequence[Floats | None]) -> Floats:
+def join_phrases(
+    phrases: Sequence[Phrase],
+    windows: Sequence[Floats | None],
+    frame_samples: int = FRAME_SAMPLES,
+) -> Floats:
     """Phrases crossfaded into one vocal; overlapping windows sing the same, so amplitudes add.
 
     Args:
         phrases: as cut_phrases made them.
         windows: of each phrase, its window's samples; None is silence.
+        frame_samples: of a frame.
 
     Returns:
-        [T], T = N * FRAME_SAMPLES.
+        [T], T = N * frame_samples.
     """
-    n_samples = phrases[-1].stop * FRAME_SAMPLES if phrases else 0
+    n_samples = phrases[-1].stop * frame_samples if phrases else 0
     vocal = np.zeros(n_samples, np.float32)
     for phrase, window in zip(phrases, windows, strict=True):
         if window is None:
             continue
-        begin = max(phrase.start - FADE_FRAMES, 0) * FRAME_SAMPLES
-        end = min((phrase.stop + FADE_FRAMES) * FRAME_SAMPLES, n_samples)
-        piece = window[begin - phrase.first * FRAME_SAMPLES :][: end - begin].copy()
-        ramp = np.linspace(0.0, 1.0, 2 * FADE_FRAMES * FRAME_SAMPLES, dtype=np.float32)
+        begin = max(phrase.start - FADE_FRAMES, 0) * frame_samples
+        end = min((phrase.stop + FADE_FRAMES) * frame_samples, n_samples)
+        piece = window[begin - phrase.first * frame_samples :][: end - begin].copy()
+        ramp = np.linspace(0.0, 1.0, 2 * FADE_FRAMES * frame_samples, dtype=np.float32)
         if phrase.start > 0:
-            rising = ramp[-(phrase.start * FRAME_SAMPLES - begin) - len(ramp) // 2 :]
+            rising = ramp[-(phrase.start * frame_samples - begin) - len(ramp) // 2 :]
             piece[: len(rising)] *= rising[: len(piece)]
-        if phrase.stop * FRAME_SAMPLES < n_samples:
-            falling = ramp[::-1][: len(ramp) // 2 + end - phrase.stop * FRAME_SAMPLES]
+        if phrase.stop * frame_samples < n_samples:
+            falling = ramp[::-1][: len(ramp) // 2 + end - phrase.stop * frame_samples]
             piece[-len(falling) :] *= falling[-len(piece) :]
         vocal[begin:end] += piece
     return vocal
 
 
-def follow_loudness(vocal: Floats, original: Floats) -> Floats:
+def follow_loudness(vocal: Floats, original: Floats, frame_samples: int = FRAME_SAMPLES) -> Floats:
     """The vocal with the original's loudness envelope; where the original is silent, silence.
 
     Args:
-        vocal: [T], T a multiple of FRAME_SAMPLES.
+        vocal: [T], T a multiple of frame_samples.
         original: [T].
+        frame_samples: of a frame.
     """
-    n_frames = len(vocal) // FRAME_SAMPLES
+    n_frames = len(vocal) // frame_samples
     if not n_frames:
         return vocal
-    wanted, found = (_envelope(samples) for samples in (original, vocal))
+    wanted, found = (_envelope(samples, frame_samples) for samples in (original, vocal))
     # The smoothed envelope reaches into silence; what sounds within 15 ms does not.
-    wanted = np.minimum(wanted, _nearest_peak(original))
+    wanted = np.minimum(wanted, _nearest_peak(original, frame_samples))
     gain = np.minimum(wanted / np.maximum(found, 1e-6), 10.0 ** (MAX_GAIN_DB / 20.0))
-    centre = (np.arange(n_frames) + 0.5) * FRAME_SAMPLES
+    centre = (np.arange(n_frames) + 0.5) * frame_samples
     return np.asarray(vocal * np.interp(np.arange(len(vocal)), centre, gain), np.float32)
 
 
-def _nearest_peak(samples: Floats) -> Floats:
-    rms = np.sqrt(np.square(samples.reshape(-1, FRAME_SAMPLES).astype(np.float64)).mean(axis=1))
+def _nearest_peak(samples: Floats, frame_samples: int) -> Floats:
+    rms = np.sqrt(np.square(samples.reshape(-1, frame_samples).astype(np.float64)).mean(axis=1))
     padded = np.pad(rms, 1)
     return np.asarray(np.maximum(np.maximum(padded[:-2], padded[2:]), rms), np.float32)
 
 
-def _envelope(samples: Floats) -> Floats:
-    frames = samples.reshape(-1, FRAME_SAMPLES).astype(np.float64)
+def _envelope(samples: Floats, frame_samples: int) -> Floats:
+    frames = samples.reshape(-1, frame_samples).astype(np.float64)
     power = np.pad(np.square(frames).mean(axis=1), SMOOTHING_FRAMES // 2, mode="edge")
     kernel = np.hanning(SMOOTHING_FRAMES + 2)[1:-1]
     smooth = np.convolve(power, kernel / kernel.sum(), mode="valid")

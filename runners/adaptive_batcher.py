@@ -2,14 +2,16 @@
 
 A batch is taken when a worker is free, from what waits then: nobody waits for company, and
 under load batches grow by themselves, up to the model's limit for the device. Abandoned and
-overdue requests are dropped before they cost anything; a request that fails its batch fails
-alone. Why not BentoML's own: it sheds load instead of waiting, fails a whole batch for one bad
-item, and computes what nobody waits for any more.
+overdue requests are dropped before they cost anything: what is already being computed for them,
+one window, is the last of it. A request that fails its batch fails alone. Why not BentoML's own:
+it sheds load instead of waiting, fails a whole batch for one bad item, and computes what nobody
+waits for any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter, Gauge, Histogram
 
-from remix.errors import DeadlineExceeded, QueueFull
+from remix.errors import DeadlineExceeded, ModelFailed, QueueFull, RemixError
 from remix.stages import Tensors
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -37,7 +39,21 @@ BATCH_ROWS = Histogram(
 QUEUE_ROWS = Gauge(
     "philharmonics_queue_rows", "Windows that wait now", ["model"], multiprocess_mode="livesum"
 )
+COMPUTING_ROWS = Gauge(
+    "philharmonics_computing_rows",
+    "Windows that are computed now",
+    ["model"],
+    multiprocess_mode="livesum",
+)
+ROWS = Counter(
+    "philharmonics_rows",
+    "Windows: computed; cancelled or overdue before they cost anything; wasted, because their "
+    "caller went away while they were computed; failed",
+    ["model", "outcome"],
+)
 REQUESTS = Counter("philharmonics_requests", "Requests by how they ended", ["model", "outcome"])
+
+_log = logging.getLogger(__name__)
 
 Compute = Callable[[Tensors], dict[str, NDArray[Any]]]
 
@@ -111,6 +127,7 @@ class AdaptiveBatcher:
         Raises:
             QueueFull: as many rows wait as may.
             DeadlineExceeded: the deadline passed in the queue.
+            ModelFailed: the model broke on this request.
         """
         rows = len(next(iter(inputs.values())))
         waiting_rows = sum(request.rows for request in self._waiting)
@@ -118,7 +135,10 @@ class AdaptiveBatcher:
             REQUESTS.labels(self._name, "refused").inc()
             raise QueueFull(
                 f"{self._name} has {waiting_rows} windows waiting, and takes "
-                f"{self._max_queue_rows}: try again later, or start another runner."
+                f"{self._max_queue_rows}.",
+                value=waiting_rows,
+                limit=self._max_queue_rows,
+                remedy="Try again later, or start another runner.",
             )
         signature = tuple((n, a.dtype.str, a.shape[1:]) for n, a in sorted(inputs.items()))
         request = _Request(
@@ -138,12 +158,26 @@ class AdaptiveBatcher:
             result = await request.future
         except asyncio.CancelledError:
             REQUESTS.labels(self._name, "cancelled").inc()
+            self._drop(request)
             raise
         except Exception:
             REQUESTS.labels(self._name, "failed").inc()
             raise
         REQUESTS.labels(self._name, "done").inc()
         return result
+
+    def _drop(self, request: _Request) -> None:
+        """Out of the queue, if it is there still: its place is somebody else's."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            self._count(request, "cancelled")
+            self._show_queue()
+
+    def _count(self, request: _Request, outcome: str) -> None:
+        ROWS.labels(self._name, outcome).inc(request.rows)
+
+    def _show_queue(self) -> None:
+        QUEUE_ROWS.labels(self._name).set(sum(request.rows for request in self._waiting))
 
     async def _dispatch(self) -> None:
         async with self._workers.free:
@@ -157,12 +191,11 @@ class AdaptiveBatcher:
         rows = 0
         while self._waiting:
             request = self._waiting.popleft()
-            if request.future.done():  # its caller has gone
-                continue
-            if time.monotonic() > request.deadline_s:
-                request.future.set_exception(
-                    DeadlineExceeded(f"The deadline passed in the queue of {self._name}.")
-                )
+            if request.future.done():  # its caller has gone, and is about to say so
+                self._count(request, "cancelled")
+            elif time.monotonic() > request.deadline_s:
+                self._count(request, "overdue")
+                request.future.set_exception(self._overdue(request))
             elif not batch or (
                 request.signature == batch[0].signature
                 and rows + request.rows <= self._max_batch_rows
@@ -172,26 +205,53 @@ class AdaptiveBatcher:
             else:
                 left.append(request)
         self._waiting = left
-        QUEUE_ROWS.labels(self._name).set(sum(request.rows for request in left))
+        self._show_queue()
         return batch
 
+    def _overdue(self, request: _Request) -> DeadlineExceeded:
+        waited_s = round(time.monotonic() - request.arrival_s, 3)
+        given_s = round(request.deadline_s - request.arrival_s, 3)
+        return DeadlineExceeded(
+            f"A window waited {waited_s:g} s for {self._name}; its caller gave it {given_s:g} s.",
+            value=waited_s,
+            limit=given_s,
+            remedy="Give it longer, or try again later.",
+        )
+
     async def _run(self, batch: list[_Request]) -> None:
-        loop = asyncio.get_running_loop()
+        rows = sum(request.rows for request in batch)
+        computing = COMPUTING_ROWS.labels(self._name)
+        computing.inc(rows)
         try:
-            outputs, timing_of = await loop.run_in_executor(
+            outputs, timing_of = await asyncio.get_running_loop().run_in_executor(
                 self._workers.executor, self._compute_batch, batch
             )
         except Exception as error:  # noqa: BLE001 - the model's errors belong to the requests
-            if len(batch) == 1:
-                if not batch[0].future.done():
-                    batch[0].future.set_exception(error)
-                return
-            for request in batch:
-                await self._run([request])
+            computing.dec(rows)
+            await self._blame(batch, error)
             return
+        computing.dec(rows)
         for request, output in zip(batch, outputs, strict=True):
-            if not request.future.done():
+            if request.future.done():
+                self._count(request, "wasted")
+            else:
+                self._count(request, "computed")
                 request.future.set_result((output, timing_of(request)))
+
+    async def _blame(self, batch: list[_Request], error: Exception) -> None:
+        """Fail the request that fails by itself; the others of its batch are computed again."""
+        if len(batch) > 1:
+            for request in batch:
+                if not request.future.done():
+                    await self._run([request])
+            return
+        [request] = batch
+        self._count(request, "failed")
+        if not isinstance(error, RemixError):
+            _log.error("%s failed", self._name, exc_info=error)
+            error = _model_failed(self._name, error)
+        if not request.future.done():
+            request.future.set_exception(error)
 
     def _compute_batch(
         self, batch: list[_Request]
@@ -217,3 +277,14 @@ class AdaptiveBatcher:
         for request in batch:
             QUEUE_SECONDS.labels(self._name).observe(start_s - request.arrival_s)
         return outputs, lambda r: Timing(start_s - r.arrival_s, compute_s, rows)
+
+
+def _model_failed(name: str, cause: Exception) -> ModelFailed:
+    failed = ModelFailed(
+        f"The model {name} broke on a window: {type(cause).__name__}.",
+        value=type(cause).__name__,
+        limit="a window that it can compute",
+        remedy="The runner's log has the details; report it.",
+    )
+    failed.__cause__ = cause
+    return failed

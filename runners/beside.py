@@ -11,12 +11,14 @@ import os
 import shutil
 import tempfile
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import bentoml
 
 from remix.settings import PREFIX, Settings, read_settings
 from remix.stages import Stage
+from runners.processes import be_first
 
 RUNTIME_DIR = PREFIX + "RUNTIME_DIR"
 
@@ -25,10 +27,17 @@ def settings_with_runtime_dir() -> Settings:
     """This process's settings, with a folder for sockets that no other server uses.
 
     BentoML imports the service first in the process that starts the others: that one makes the
-    folder, names it in the environment that they inherit, and removes it when it ends.
+    folder, names it in the environment that they inherit, and removes it when it ends. A server
+    that was killed leaves its folder, and its successor is not led astray by it.
     """
-    if RUNTIME_DIR not in os.environ:
-        os.environ[RUNTIME_DIR] = tempfile.mkdtemp(prefix="philharmonics-")
+    if bentoml.server_context.worker_index is None:
+        be_first()
+        parent = os.environ.get(RUNTIME_DIR)
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True, mode=0o700)
+        # The path of a socket may have 107 characters: a short name where the folder is ours.
+        prefix = "" if parent else "philharmonics-"
+        os.environ[RUNTIME_DIR] = tempfile.mkdtemp(prefix=prefix, dir=parent)
         atexit.register(shutil.rmtree, os.environ[RUNTIME_DIR], ignore_errors=True)
     return read_settings()
 

@@ -13,27 +13,17 @@ from numpy.typing import NDArray
 
 from remix.convert_voice import (
     AUDIO,
-    CONFIDENCE,
-    CONTENT,
-    F0,
-    HARMONICS,
-    NOISE,
-    PHASE,
     SAMPLES,
     SOURCE_NOISE,
     SPEAKER,
-    VOICED,
+    Voice,
+    voice_names,
 )
 from remix.errors import InvalidModel, InvalidOption
 from remix.manifest import ModelEntry, TensorSpec, installed, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
-from remix.vocal_frames import (
-    CONTENT_CHANNELS,
-    CONTENT_SAMPLES,
-    FRAME_SAMPLES,
-    WINDOW_SAMPLES,
-)
+from remix.vocal_frames import WINDOW_SAMPLES
 from runners.inference_protocol import ServedModel
 from runners.onnx_session import OnnxSession
 from runners.runner import SERVICE, Runner
@@ -41,17 +31,18 @@ from runners.runner import SERVICE, Runner
 Graph = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 
-class ContentEncoder(ServedModel):
-    """What is sung: {"samples": [B, 160000]} -> {"content": [B, 500, 384]}."""
+class WindowModel(ServedModel):
+    """A content encoder or a pitch estimator: what is sung, or the melody.
+
+    {"samples": [B, 160000]} -> {"content": [B, M, F]} or {"f0_hz", "confidence": [B, 1000]}.
+    """
 
     inputs: Sequence[TensorSpec] = (TensorSpec(SAMPLES, "FP32", (-1, WINDOW_SAMPLES)),)
-    outputs: Sequence[TensorSpec] = (
-        TensorSpec(CONTENT, "FP32", (-1, WINDOW_SAMPLES // CONTENT_SAMPLES, CONTENT_CHANNELS)),
-    )
 
     def __init__(self, entry: ModelEntry, graph: Graph, device: str) -> None:
         self.name = entry.name
         self.max_batch = entry.max_batch[device]
+        self.outputs: Sequence[TensorSpec] = entry.files[0].outputs
         self._graph = graph
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -59,35 +50,27 @@ class ContentEncoder(ServedModel):
         return self._graph(inputs)
 
 
-class PitchEstimator(ContentEncoder):
-    """The melody: {"samples": [B, 160000]} -> {"f0_hz": [B, 1000], "confidence": [B, 1000]}."""
+class VoiceModel(WindowModel):
+    """A singer, or several: content and melody of N frames -> {"audio": [B, N * hop]}.
 
-    outputs = tuple(
-        TensorSpec(name, "FP32", (-1, WINDOW_SAMPLES // FRAME_SAMPLES)) for name in (F0, CONFIDENCE)
-    )
-
-
-class VoiceModel(ContentEncoder):
-    """A singer, or several: content and melody of N frames -> {"audio": [B, N * 160]}.
-
-    Inputs: content [B, N, 384]; f0_hz and voiced [B, N]; speaker [B, 1], INT64; noise
-    [B, N, latent channels]; phase [B, N, 9]; source_noise [B, N * 160].
+    Inputs: content [B, N, F]; f0_hz and voiced [B, N]; speaker [B, 1], INT64; noise
+    [B, N, latent channels]; with an excitation also phase [B, N, 9] and source_noise [B, N * hop].
     """
 
     def __init__(self, entry: ModelEntry, graph: Graph, device: str) -> None:
         super().__init__(entry, graph, device)
-        n_frames, latent = entry.facts["window_frames"], entry.facts["latent_channels"]
-        self._n_speakers = len(entry.facts["voices"])
-        self.inputs = (
-            TensorSpec(CONTENT, "FP32", (-1, n_frames, CONTENT_CHANNELS)),
-            TensorSpec(F0, "FP32", (-1, n_frames)),
-            TensorSpec(VOICED, "FP32", (-1, n_frames)),
-            TensorSpec(SPEAKER, "INT64", (-1, 1)),
-            TensorSpec(NOISE, "FP32", (-1, n_frames, latent)),
-            TensorSpec(PHASE, "FP32", (-1, n_frames, HARMONICS)),
-            TensorSpec(SOURCE_NOISE, "FP32", (-1, n_frames * FRAME_SAMPLES)),
-        )
-        self.outputs = (TensorSpec(AUDIO, "FP32", (-1, n_frames * FRAME_SAMPLES)),)
+        voice = Voice.of(entry, voice_names(entry)[0])
+        n_frames, n_samples = voice.window_frames, voice.window_frames * voice.frame_samples
+        self._n_speakers = 1 + max(each["speaker"] for each in entry.facts["voices"].values())
+
+        def in_window(spec: TensorSpec) -> TensorSpec:
+            if spec.name == SPEAKER:
+                return spec
+            size = n_samples if spec.name in (SOURCE_NOISE, AUDIO) else n_frames
+            return TensorSpec(spec.name, spec.datatype, (-1, size, *spec.shape[2:]))
+
+        self.inputs = tuple(map(in_window, entry.files[0].inputs))
+        self.outputs = tuple(map(in_window, entry.files[0].outputs))
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Sing a batch.
@@ -104,9 +87,9 @@ class VoiceModel(ContentEncoder):
         return self._graph(inputs)
 
 
-KINDS: dict[str, type[ContentEncoder]] = {
-    "content": ContentEncoder,
-    "pitch": PitchEstimator,
+KINDS: dict[str, type[WindowModel]] = {
+    "content": WindowModel,
+    "pitch": WindowModel,
     "voice": VoiceModel,
 }
 """By the manifest's fact `kind`."""

@@ -1,4 +1,4 @@
-"""Models -> an Open Inference Protocol (KServe v2) server over gRPC, and its wire format.
+"""Models -> an Open Inference Protocol (KServe v2) server over gRPC.
 
 Source: https://github.com/kserve/open-inference-protocol; messages of `tritonclient`, so that
 any Triton or KServe client can call a runner, and a Triton server can replace one.
@@ -9,35 +9,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any, NoReturn
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as messages
-from tritonclient.grpc import service_pb2_grpc as protocol
 
 from remix import errors
 from remix.manifest import TensorSpec
 from remix.stages import Tensors
-from runners.adaptive_batcher import AdaptiveBatcher, Timing, Workers
-
-NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "FP32": np.dtype("<f4"),
-    "FP16": np.dtype("<f2"),
-    "INT64": np.dtype("<i8"),
-    "INT32": np.dtype("<i4"),
-    "BOOL": np.dtype("?"),
-}
-
-CONTENTS = {
-    "FP32": "fp32_contents",
-    "INT64": "int64_contents",
-    "INT32": "int_contents",
-    "BOOL": "bool_contents",
-}
-"""Where the protocol keeps tensors that a client sends as numbers instead of bytes."""
+from runners.adaptive_batcher import AdaptiveBatcher, Workers
+from runners.error_details import KEY, encode_error, text_of
+from runners.tensor_messages import NUMPY_DTYPES, decode_request, encode_response
 
 STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.InvalidAudio: grpc.StatusCode.INVALID_ARGUMENT,
@@ -45,11 +29,16 @@ STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.InvalidOption: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.Conflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.InvalidModel: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ModelFailed: grpc.StatusCode.INTERNAL,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
-    errors.RunnerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.RunnerUnavailable: grpc.StatusCode.UNAVAILABLE,  # the one that a client makes of it
 }
 
 MAX_MESSAGE_BYTES = 256 * 2**20
@@ -57,6 +46,15 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # Clients may ask every few seconds whether the connection lives; by default they are put off.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients look up a name again when a connection ends: so new replicas get their share.
+    ("grpc.max_connection_age_ms", 300_000),
 ]
 
 
@@ -84,7 +82,12 @@ class ServedModel(ABC):
         )
 
 
-class InferenceServer(protocol.GRPCInferenceServiceServicer):  # type: ignore[misc]
+SERVICE = "inference.GRPCInferenceService"
+
+PLAIN_METHODS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata")
+
+
+class InferenceServer:
     """Answers the protocol's calls for a few models, each behind its own batcher."""
 
     def __init__(self, name: str, max_queue_rows: int, workers: Workers) -> None:
@@ -113,6 +116,22 @@ class InferenceServer(protocol.GRPCInferenceServiceServicer):  # type: ignore[mi
         self._models[model.name] = (model, batcher)
         self.is_ready = True
 
+    def add_to(self, server: Any) -> None:
+        """Answer a gRPC server's calls, before it starts.
+
+        What the generated code would do, except that `ModelInfer` is handed bytes, and gives them.
+        """
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                getattr(self, name),
+                request_deserializer=getattr(messages, f"{name}Request").FromString,
+                response_serializer=getattr(messages, f"{name}Response").SerializeToString,
+            )
+            for name in PLAIN_METHODS
+        }
+        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self.ModelInfer)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
     async def ServerLive(self, request: Any, context: Any) -> Any:
         """The process answers."""
         return messages.ServerLiveResponse(live=True)
@@ -131,7 +150,10 @@ class InferenceServer(protocol.GRPCInferenceServiceServicer):  # type: ignore[mi
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         """The model's tensors; the first axis is the batch."""
-        model, _ = await self._find(request.name, context)
+        try:
+            model, _ = self._find(request.name)
+        except errors.RemixError as error:
+            await _abort(context, error)
         return messages.ModelMetadataResponse(
             name=model.name,
             versions=["1"],
@@ -140,30 +162,42 @@ class InferenceServer(protocol.GRPCInferenceServiceServicer):  # type: ignore[mi
             outputs=[_metadata(spec) for spec in model.outputs],
         )
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
+    async def ModelInfer(self, data: bytes, context: Any) -> bytes:
         """Compute, in a batch with whoever else is waiting."""
-        model, batcher = await self._find(request.model_name, context)
         remaining_s = context.time_remaining()
         deadline_s = float("inf") if remaining_s is None else time.monotonic() + remaining_s
         try:
-            inputs = decode_tensors(request.inputs, request.raw_input_contents)
+            request, inputs = decode_request(data)
+            model, batcher = self._find(request.model_name)
             _check_inputs(model, inputs)
             outputs, timing = await batcher.submit(inputs, deadline_s)
         except errors.RemixError as error:
             await _abort(context, error)
-        return encode_response(model.name, request.id, outputs, timing)
+        response = messages.ModelInferResponse(
+            model_name=model.name, model_version="1", id=request.id
+        )
+        response.parameters["queue_s"].double_param = timing.queue_s
+        response.parameters["compute_s"].double_param = timing.compute_s
+        response.parameters["batch_rows"].int64_param = timing.batch_rows
+        return encode_response(response, outputs)
 
-    async def _find(self, name: str, context: Any) -> tuple[ServedModel, AdaptiveBatcher]:
+    def _find(self, name: str) -> tuple[ServedModel, AdaptiveBatcher]:
         if name not in self._models:
-            known = ", ".join(self._models) or "none yet"
-            await _abort(
-                context, errors.NotFound(f"{self._name} has no model {name!r}; it has {known}.")
+            known = list(self._models)
+            raise errors.NotFound(
+                f"{self._name} has no model {errors.excerpt(name)!r}; it has "
+                f"{', '.join(known) or 'none yet'}.",
+                value=errors.excerpt(name),
+                limit=known,
+                remedy="Use one of these names." if known else "Wait until it is ready.",
             )
         return self._models[name]
 
 
 async def _abort(context: Any, error: errors.RemixError) -> NoReturn:
-    await context.abort(STATUS[type(error)], str(error))
+    status = STATUS[type(error)]
+    details = encode_error(error, status.value[0])
+    await context.abort(status, text_of(error), ((KEY, details),))
     raise AssertionError("abort raises")
 
 
@@ -176,94 +210,38 @@ def _metadata(spec: TensorSpec) -> Any:
 def _check_inputs(model: ServedModel, inputs: Tensors) -> None:
     expected = {spec.name: spec for spec in model.inputs}
     if set(inputs) != set(expected):
+        names = [errors.excerpt(name) for name in sorted(inputs)[:8]]
         raise errors.InvalidOption(
-            f"{model.name} takes the inputs {sorted(expected)}, not {sorted(inputs)}."
+            f"{model.name} was sent the inputs {names}; it takes {sorted(expected)}.",
+            value=names,
+            limit=sorted(expected),
+            remedy="Send these.",
         )
-    rows = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
+    rows = sorted({array.shape[0] if array.ndim else 0 for array in inputs.values()})
     if len(rows) != 1 or 0 in rows:
         raise errors.InvalidOption(
-            f"The inputs of {model.name} have {sorted(rows)} rows; all must have the same, "
-            "at least 1."
+            f"The inputs of {model.name} have {rows} rows; all must have the same, at least 1.",
+            value=rows,
+            limit=1,
+            remedy="Send as many rows of each.",
         )
     for name, array in inputs.items():
         spec = expected[name]
         if array.dtype != NUMPY_DTYPES[spec.datatype]:
             raise errors.InvalidOption(
-                f"Input {name} of {model.name} is {array.dtype}; it must be {spec.datatype}."
+                f"Input {name} of {model.name} is {array.dtype}; it must be {spec.datatype}.",
+                value=str(array.dtype),
+                limit=spec.datatype,
+                remedy="Convert it first.",
             )
         fits = array.ndim == len(spec.shape) and all(
             want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
         )
         if not fits:
             raise errors.InvalidOption(
-                f"Input {name} of {model.name} has the shape {array.shape}; it must be "
-                f"{spec.shape}, where -1 is free."
+                f"Input {name} of {model.name} has the shape {errors.excerpt(array.shape)}; it "
+                f"must be {spec.shape}, where -1 is free.",
+                value=list(array.shape[:8]),
+                limit=list(spec.shape),
+                remedy="Cut windows of this shape.",
             )
-
-
-def encode_request(model: str, inputs: Tensors) -> Any:
-    """Named arrays -> a ModelInferRequest with raw contents."""
-    request = messages.ModelInferRequest(model_name=model)
-    for name, array in inputs.items():
-        request.inputs.add(name=name, datatype=_datatype(array), shape=array.shape)
-        request.raw_input_contents.append(array.tobytes())
-    return request
-
-
-def encode_response(model: str, request_id: str, outputs: Tensors, timing: Timing) -> Any:
-    """Named arrays and where the time went -> a ModelInferResponse."""
-    response = messages.ModelInferResponse(model_name=model, model_version="1", id=request_id)
-    for name, array in outputs.items():
-        response.outputs.add(name=name, datatype=_datatype(array), shape=array.shape)
-        response.raw_output_contents.append(array.tobytes())
-    response.parameters["queue_s"].double_param = timing.queue_s
-    response.parameters["compute_s"].double_param = timing.compute_s
-    response.parameters["batch_rows"].int64_param = timing.batch_rows
-    return response
-
-
-def decode_tensors(tensors: Sequence[Any], raw_contents: Sequence[bytes]) -> dict[str, Any]:
-    """The tensors of a request or a response -> named arrays.
-
-    Raises:
-        InvalidOption: an unknown datatype, or contents whose size is not that of the shape.
-    """
-    if raw_contents and len(raw_contents) != len(tensors):
-        raise errors.InvalidOption(
-            f"{len(tensors)} tensors came with {len(raw_contents)} raw contents."
-        )
-    arrays: dict[str, Any] = {}
-    for index, tensor in enumerate(tensors):
-        dtype = NUMPY_DTYPES.get(tensor.datatype)
-        if dtype is None:
-            raise errors.InvalidOption(
-                f"Tensor {tensor.name} has the datatype {tensor.datatype!r}; "
-                f"use one of {', '.join(NUMPY_DTYPES)}."
-            )
-        if raw_contents:
-            buffer = raw_contents[index]
-            size = len(buffer) // dtype.itemsize
-            array = np.frombuffer(buffer, dtype, count=size)
-            exact = len(buffer) == size * dtype.itemsize
-        else:
-            if tensor.datatype not in CONTENTS:
-                raise errors.InvalidOption(
-                    f"Tensor {tensor.name} is {tensor.datatype} without raw contents: send it raw."
-                )
-            array = np.array(getattr(tensor.contents, CONTENTS[tensor.datatype]), dtype)
-            exact = True
-        shape = tuple(tensor.shape)
-        if not exact or any(n < 0 for n in shape) or array.size != prod(shape):
-            raise errors.InvalidOption(
-                f"Tensor {tensor.name} has {array.size} values; its shape {shape} needs "
-                f"{prod(shape)}."
-            )
-        arrays[tensor.name] = array.reshape(shape)
-    return arrays
-
-
-def _datatype(array: NDArray[Any]) -> str:
-    for datatype, dtype in NUMPY_DTYPES.items():
-        if array.dtype == dtype:
-            return datatype
-    raise errors.InvalidOption(f"{array.dtype} has no datatype in the protocol; use float32.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import grpc
 from numpy.typing import NDArray
+from prometheus_client import Counter, Gauge
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as protocol
 
@@ -16,30 +19,64 @@ from remix import errors
 from remix.manifest import Manifest
 from remix.settings import Settings
 from remix.stages import STAGES, Stage, Tensors
-from runners.inference_protocol import (
-    CHANNEL_OPTIONS,
-    STATUS,
-    decode_tensors,
-    encode_request,
+from runners.error_details import KEY, decode_error
+from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
+from runners.processes import enter
+from runners.retry import RetryBudget, StageHealth, Tries, Trouble
+from runners.tensor_messages import decode_response, encode_request
+
+RETRIES = Counter("philharmonics_retries", "Calls that were made again", ["stage", "reason"])
+AWAY = Gauge(
+    "philharmonics_runner_away", "1: the runner does not answer", ["stage"], multiprocess_mode="max"
 )
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.RemixError]] = {
     **{status: error for error, status in STATUS.items()},
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidOption,
 }
+"""For servers that tell no more than a status. What is not here is a fault of theirs."""
+
+LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+"""Said of a connection that broke, and by a server that stops."""
+
+PROBE_TIMEOUT_S = 2.0
+
+LEAST_WINDOW_S = 60.0
+"""The least that a window is given, for machines that are busy with something else."""
+
+FIRST_ROW_S = 4.0
+"""What a window may take, as long as none has told: one of HTDemucs on one core."""
+
+CLIENT_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # Calls take turns on the addresses that the name stands for; those that do not answer are
+    # left out.
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+    # gRPC by itself would ask less and less often for a runner that is gone, at last every 120 s.
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A network that is cut, or a process that is stopped, says nothing: it is noticed by this.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
 @dataclass
 class StageTimes:
     """Where the calls of one stage spent their time, summed; and how many windows they had.
 
-    `wall_s` is from the first call's start to the last one's end.
+    `wall_s` is from the first call's start to the last one's end. `cached` windows were there from
+    before, and cost no call.
     """
 
     queue_s: float = 0.0
     compute_s: float = 0.0
     transfer_s: float = 0.0
     windows: int = 0
+    cached: int = 0
     start_s: float = float("inf")
     end_s: float = 0.0
 
@@ -50,77 +87,131 @@ class StageTimes:
 
 
 class Runners:
-    """Channels to the five runners, open until closed."""
+    """Channels to the five runners, and what is known of each, until closed."""
 
     def __init__(self, settings: Settings, manifest: Manifest) -> None:
-        """Prepare the channels; they connect when they are used."""
+        """Open the channels, and begin to watch the runners."""
         self._manifest = manifest
-        self._addresses = {stage: settings.runner_address(stage) for stage in STAGES}
+        self._settings = settings
         self._channels = {
-            stage: grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            for stage, address in self._addresses.items()
+            stage: grpc.aio.insecure_channel(settings.runner_address(stage), options=CLIENT_OPTIONS)
+            for stage in STAGES
         }
-        self._stubs = {
-            stage: protocol.GRPCInferenceServiceStub(channel)
+        self._infer = {
+            stage: channel.unary_unary(f"/{SERVICE}/ModelInfer")
             for stage, channel in self._channels.items()
         }
+        self._health = {stage: StageHealth(self._probe(stage)) for stage in STAGES}
+        self._watches = [asyncio.create_task(health.watch()) for health in self._health.values()]
+        self._budget = RetryBudget()
+        self._at_work = enter(settings.runtime_dir)
+        self._row_s: dict[str, float] = {}
 
     async def close(self) -> None:
         """Close the channels."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
+        self._at_work.close()
 
-    async def is_ready(self, stage: Stage) -> bool:
-        """Whether the stage's runner has its models loaded and warm."""
-        try:
-            answer = await self._stubs[stage].ServerReady(
-                messages.ServerReadyRequest(), timeout=2.0
-            )
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.ready)
+    def unavailable(self) -> list[Stage]:
+        """The stages whose runner does not answer now, as the last probes found; at once."""
+        return [stage for stage in STAGES if self._health[stage].is_away]
 
     def for_song(self) -> RemoteInfer:
         """An `Infer` that keeps the times of one song."""
         return RemoteInfer(self)
 
     async def call(self, model: str, inputs: Tensors, times: dict[Stage, StageTimes]) -> Any:
-        """One inference, its times added to `times`."""
+        """One inference, made again where that helps (`runners.retry`); its times go to `times`."""
         stage = self._manifest[model].stage
-        start_s = time.monotonic()
-        try:
-            response = await self._stubs[stage].ModelInfer(encode_request(model, inputs))
-        except grpc.aio.AioRpcError as error:
-            kind = ERROR_OF_STATUS.get(error.code(), errors.RunnerUnavailable)
-            if kind is errors.RunnerUnavailable:
-                raise errors.RunnerUnavailable(
-                    f"The runner {stage} at {self._addresses[stage]} failed: {error.details()}.",
-                    value="not ready",
-                    limit="ready",
-                    remedy="Start it, or wait until its /readyz answers 200.",
-                ) from error
-            raise kind(
-                error.details(),
-                value=model,
-                limit="what its runner takes",
-                remedy="Try again later; if it stays so, the runner's log says more.",
-            ) from error
-        outputs = decode_tensors(response.outputs, response.raw_output_contents)
-        spent = times[stage]
+        rows = len(next(iter(inputs.values())))
+        request = encode_request(model, inputs)
+        tries = Tries(self._budget, self._health[stage], self._settings.runner_patience_s)
+        begin_s = time.monotonic()
+        while True:
+            start_s = time.monotonic()
+            timeout_s = self._window_s(model, rows)
+            try:
+                data = await self._infer[stage](request, timeout=timeout_s)
+                break
+            except grpc.aio.AioRpcError as failure:
+                trouble, error = self._judge(stage, model, failure, timeout_s)
+                if trouble is None:
+                    raise error from failure
+                RETRIES.labels(stage, trouble).inc()
+                await tries.again(trouble, error)
+        response, outputs = decode_response(data)
         queue_s = response.parameters["queue_s"].double_param
         compute_s = response.parameters["compute_s"].double_param
-        rows = len(next(iter(inputs.values())))
-        spent.queue_s += queue_s
         # Who shared the batch shares its cost. Other servers of the protocol tell no times.
-        spent.compute_s += (
-            compute_s * rows / (response.parameters["batch_rows"].int64_param or rows)
-        )
+        row_s = compute_s / (response.parameters["batch_rows"].int64_param or rows)
+        self._row_s[model] = max(row_s, 0.9 * self._row_s.get(model, 0.0))
         end_s = time.monotonic()
+        spent = times[stage]
+        spent.queue_s += queue_s
+        spent.compute_s += row_s * rows
         spent.transfer_s += max(0.0, end_s - start_s - queue_s - compute_s)
-        spent.start_s = min(spent.start_s, start_s)
+        spent.start_s = min(spent.start_s, begin_s)
         spent.end_s = max(spent.end_s, end_s)
         spent.windows += rows
         return outputs
+
+    def _window_s(self, model: str, rows: int) -> float:
+        """How long an answer may take: twice what a full queue before it costs, and a minute."""
+        row_s = self._row_s.get(model, FIRST_ROW_S)
+        return LEAST_WINDOW_S + 2 * row_s * (self._settings.max_queue_rows + rows)
+
+    def _judge(
+        self, stage: Stage, model: str, failure: grpc.aio.AioRpcError, timeout_s: float
+    ) -> tuple[Trouble | None, errors.RemixError]:
+        """Why a call ended, and the error that it is if it is not made again."""
+        code = failure.code()
+        said = decode_error(dict(failure.trailing_metadata()).get(KEY))
+        if isinstance(said, errors.QueueFull):
+            return "full", said
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return "slow", errors.RunnerUnavailable(
+                f"The runner {stage} did not answer within {timeout_s:.0f} s, twice.",
+                value=f"more than {timeout_s:.0f} s",
+                limit=round(timeout_s),
+                remedy="Its log may say why; start it again.",
+            )
+        if said is not None:
+            return None, said
+        if code in LOST:
+            return "lost", errors.RunnerUnavailable(
+                f"The runner {stage} at {self._settings.runner_address(stage)} is away: "
+                f"{failure.details()}.",
+                value="not ready",
+                limit="ready",
+                remedy="Start it, or wait until its /readyz answers 200.",
+            )
+        kind = ERROR_OF_STATUS.get(code, errors.ModelFailed)
+        return None, kind(
+            f"The runner {stage} says of {model}: {failure.details()}.",
+            value=code.name,
+            limit="what its runner takes",
+            remedy="The runner's log may say more.",
+        )
+
+    def _probe(self, stage: Stage) -> Any:
+        stub = protocol.GRPCInferenceServiceStub(self._channels[stage])
+
+        async def probe() -> bool:
+            try:
+                answer = await stub.ServerReady(
+                    messages.ServerReadyRequest(), timeout=PROBE_TIMEOUT_S
+                )
+                is_ready = bool(answer.ready)
+            except grpc.aio.AioRpcError:
+                is_ready = False
+            AWAY.labels(stage).set(not is_ready)
+            return is_ready
+
+        return probe
 
 
 class RemoteInfer:

@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 
 import bentoml
 import grpc
-from tritonclient.grpc import service_pb2_grpc as protocol
 
 from remix.errors import InvalidModel, NotFound
 from remix.manifest import installed, read_manifest
 from remix.settings import Settings, read_settings
 from remix.stages import Stage
 from runners.adaptive_batcher import Workers
-from runners.inference_protocol import CHANNEL_OPTIONS, InferenceServer, ServedModel
+from runners.inference_protocol import SERVER_OPTIONS, InferenceServer, ServedModel
+from runners.processes import be_first, composers_gone, end_with_first
 from runners.refuse_pickle import refuse
 
-DRAIN_S = 30.0
-"""How long a stopping runner goes on with what it has begun."""
+OVERTIME_S = 10.0
+"""How much later than the composers beside it a stopping runner stops, at the latest."""
 
 QUIET_MALLOC = {"name": "MALLOC_ARENA_MAX", "value": "2"}
 """With glibc's default of eight arenas a core, the large arrays of a remix leave holes in all of
@@ -43,6 +43,7 @@ def verify_models(stage: Stage) -> None:
     What ends here, before any worker is there, ends with a message; a worker that fails is
     started again and again.
     """
+    be_first()
     settings = read_settings()
     try:
         entries = installed(read_manifest(), stage, settings.models_dir)
@@ -86,14 +87,15 @@ class Runner:
         Raises:
             InvalidModel: a file is not what the manifest says; the runner does not start.
         """
-        settings = read_settings()
+        end_with_first()
+        self._settings = settings = read_settings()
         self._inference = InferenceServer(
             self.stage, settings.max_queue_rows, Workers(self.workers)
         )
         for model in await asyncio.to_thread(self._load_warm, settings):
             self._inference.add(model)
-        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
-        protocol.add_GRPCInferenceServiceServicer_to_server(self._inference, self._server)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._inference.add_to(self._server)
         if not settings.listen:
             settings.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._server.add_insecure_port(settings.listen or settings.runner_address(self.stage))
@@ -107,9 +109,16 @@ class Runner:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
-        """Say not ready, take nothing new, end what has begun."""
+        """Take nothing new, end what has begun; clients are told to go elsewhere (GOAWAY).
+
+        Composers on this machine are told to stop at the same moment. What they have let in they
+        need their runners for, so these wait for them.
+        """
+        limit_s = self._settings.drain_s
+        if not self._settings.listen:
+            await composers_gone(self._settings.runtime_dir, limit_s + OVERTIME_S)
         self._inference.is_ready = False
-        await self._server.stop(DRAIN_S)
+        await self._server.stop(limit_s)
 
     async def __is_ready__(self) -> bool:
         """BentoML's `/readyz` asks this."""

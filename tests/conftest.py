@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,11 +53,13 @@ class ServerProcess:
         url: where it listens.
         pid: the root of its processes.
         temp_dir: its temporary folder, its alone.
+        grpc_address: where it listens for gRPC, if it does.
     """
 
     url: str
     pid: int
     temp_dir: Path
+    grpc_address: str
 
     def traces(self) -> Traces:
         """What there is now. Sockets are not counted: a client keeps its connection."""
@@ -113,14 +115,21 @@ def _open_files(pid: int) -> list[str]:
     return found
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 @contextmanager
 def serving(
     command: list[str], folder: Path, ready_s: float, environment: dict[str, str] | None = None
 ) -> Iterator[ServerProcess]:
     """Run a command that serves on `--port`, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, grpc_port = free_ports(2)
     temp_dir = folder / "tmp"
     temp_dir.mkdir()
     log = (folder / "log").open("w+")
@@ -136,12 +145,16 @@ def serving(
             "BENTOML_DO_NOT_TRACK": "True",
             "TMPDIR": str(temp_dir),
             "PHILHARMONICS_RUNTIME_DIR": str(folder / "run"),
+            "PHILHARMONICS_DATA_DIR": str(folder / "data"),
+            "PHILHARMONICS_GRPC_PORT": str(grpc_port),
             **(environment or {}),
         },
     )
     try:
         _await_ready(f"http://127.0.0.1:{port}/readyz", process, ready_s, folder / "log")
-        yield ServerProcess(f"http://127.0.0.1:{port}", process.pid, temp_dir)
+        yield ServerProcess(
+            f"http://127.0.0.1:{port}", process.pid, temp_dir, f"127.0.0.1:{grpc_port}"
+        )
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

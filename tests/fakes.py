@@ -12,8 +12,11 @@ from typing import Any, cast
 import bentoml
 import numpy as np
 
-from http_api.app import Desk, build_app
+from http_api.app import build_app
 from http_api.guard import Guard
+from jobs.database import Database, open_database
+from jobs.desk import Desk
+from jobs.keys import KeyStore
 from remix.audio import Audio
 from remix.composer import Composer, NotesOnGrid, TimedInfer, read_notes
 from remix.convert_voice import ConvertedVocal, Voice, voice_names
@@ -111,7 +114,7 @@ class FakeComposer(Composer):
 
 
 _settings = read_settings()
-_desk = Desk(max_remixes=2)
+_desk = Desk(max_remixes=2, asks_for_keys=_settings.keys == "on")
 
 
 @bentoml.service(
@@ -127,8 +130,13 @@ class FakeRemix:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def open(self) -> None:
         """Take requests."""
+        _desk.keys = KeyStore(Database(open_database(_settings.database_url)))
+        if _desk.door.asks_for_keys:
+            await _desk.door.open(_desk.keys.list)
         _desk.open(FakeComposer(_settings, read_manifest(), no_infer))
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
-cast(Any, FakeRemix).add_asgi_middleware(Guard, max_body_bytes=_settings.max_upload_bytes)
+cast(Any, FakeRemix).add_asgi_middleware(
+    Guard, door=_desk.door, max_body_bytes=_settings.max_upload_bytes
+)

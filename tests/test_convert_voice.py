@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 from numpy.typing import NDArray
 
 from remix.audio import Samples
-from remix.convert_voice import ConvertedVocal, Vocal, Voice, convert_voice, harmonic_phases
+from remix.convert_voice import (
+    ConvertedVocal,
+    Vocal,
+    Voice,
+    content_features,
+    convert_voice,
+    harmonic_phases,
+    track_in_frames,
+)
 from remix.errors import InvalidModel, NotFound, RunnerUnavailable
 from remix.manifest import read_manifest
 from remix.pitch import (
@@ -33,17 +42,25 @@ from remix.vocal_frames import (
     frame_level_db,
     join_phrases,
     join_windows,
+    repeat_content,
 )
 from runners.convert_voice import served_models
 
 VOICE = Voice("tone", "voice", 0, 150.0, 320.0, "content", "pitch", 400, 4, 0.35)
+FULL_SIZE = replace(
+    VOICE, sample_rate_hz=44100, frame_samples=512, window_frames=512,
+    content_expansion="repeat", unvoiced_f0="interpolated",
+)  # fmt: skip
+"""As so-vits-svc 4.0 counts: 86.13 frames/s, HuBERT's features repeated."""
+VOICES = pytest.mark.parametrize("voice", [VOICE, FULL_SIZE], ids=["16 kHz", "44.1 kHz"])
 
 
 class SineSinger:
     """An Infer whose pitch estimator takes the strongest partial and whose voice sings a sine."""
 
-    def __init__(self, gain: float = 0.5) -> None:
+    def __init__(self, gain: float = 0.5, voice: Voice = VOICE) -> None:
         self.gain = gain
+        self.voice = voice
         self.calls: list[str] = []
 
     async def __call__(
@@ -52,13 +69,15 @@ class SineSinger:
         self.calls.append(model)
         await asyncio.sleep(0)
         if model == "content":
-            return {"content": np.ones((1, WINDOW_SAMPLES // 320, 384), np.float32)}
+            n_features = content_features(WINDOW_SAMPLES, self.voice)
+            return {"content": np.ones((1, n_features, 3), np.float32)}
         if model == "pitch":
             frames = inputs["samples"].reshape(1, -1, 10 * FRAME_SAMPLES)
             spectra = np.abs(np.fft.rfft(frames * np.hanning(frames.shape[2]), 16000, axis=2))
             f0_hz = np.repeat(spectra.argmax(axis=2), 10, axis=1).astype(np.float32)
             return {"f0_hz": f0_hz, "confidence": np.ones_like(f0_hz)}
-        step = inputs["f0_hz"][:, :, None] / SAMPLE_RATE_HZ * np.arange(1, FRAME_SAMPLES + 1)
+        hop, rate_hz = self.voice.frame_samples, self.voice.sample_rate_hz
+        step = inputs["f0_hz"][:, :, None] / rate_hz * np.arange(1, hop + 1)
         wave = np.sin(2 * np.pi * (inputs["phase"][:, :, :1] + step)) * inputs["voiced"][:, :, None]
         return {"audio": (self.gain * wave).reshape(1, -1).astype(np.float32)}
 
@@ -76,7 +95,7 @@ def convert(
             yield vocal[:, start : start + chunk]
 
     length = Vocal(vocal.shape[1], rate_hz)
-    return asyncio.run(convert_voice(chunks(), length, VOICE, infer, **options))
+    return asyncio.run(convert_voice(chunks(), length, infer.voice, infer, **options))
 
 
 def dominant_hz(samples: NDArray[np.float32], rate_hz: int) -> float:
@@ -84,9 +103,10 @@ def dominant_hz(samples: NDArray[np.float32], rate_hz: int) -> float:
     return float(np.argmax(spectrum)) * rate_hz / (4 * len(samples))
 
 
+@VOICES
 @pytest.mark.parametrize(("hz", "octaves"), [(220.0, 0), (440.0, -1), (110.0, 1), (1000.0, -2)])
-def test_pitch_follows_the_vocal_in_whole_octaves(hz: float, octaves: int) -> None:
-    sung = convert(tone(hz, 6.0), SineSinger())
+def test_pitch_follows_the_vocal_in_whole_octaves(hz: float, octaves: int, voice: Voice) -> None:
+    sung = convert(tone(hz, 6.0), SineSinger(voice=voice))
     assert sung.octaves == octaves
     middle = sung.audio.samples[0, 44100:-44100]
     cents = 1200 * np.log2(dominant_hz(middle, 44100) / (hz * 2.0**octaves))
@@ -99,10 +119,11 @@ def test_octaves_are_taken_from_the_caller_when_given() -> None:
     assert dominant_hz(sung.audio.samples[0], 44100) == pytest.approx(440.0, abs=5)
 
 
+@VOICES
 @pytest.mark.parametrize("n_samples", [0, 1, 159, 44100, 44100 * 9 + 7, 44100 * 21])
-def test_length_is_that_of_the_vocal_at_any_length(n_samples: int) -> None:
+def test_length_is_that_of_the_vocal_at_any_length(n_samples: int, voice: Voice) -> None:
     vocal = tone(220.0, 22.0)[:, :n_samples]
-    assert convert(vocal, SineSinger()).audio.samples.shape == (1, n_samples)
+    assert convert(vocal, SineSinger(voice=voice)).audio.samples.shape == (1, n_samples)
 
 
 def test_result_does_not_depend_on_how_the_vocal_was_chunked() -> None:
@@ -153,8 +174,9 @@ def test_dynamics_of_the_original_are_kept_whatever_the_voice_does() -> None:
         assert abs(20 * np.log10(ratio)) < 1.0
 
 
-def test_joins_leave_no_step_in_a_steady_tone() -> None:
-    sung = convert(tone(220.0, 20.0), SineSinger()).audio.samples[0, 4410:-4410]
+@VOICES
+def test_joins_leave_no_step_in_a_steady_tone(voice: Voice) -> None:
+    sung = convert(tone(220.0, 20.0), SineSinger(voice=voice)).audio.samples[0, 4410:-4410]
     curvature = np.abs(np.diff(sung, 2))
     # A click would stand out; a sine of 220 Hz has the same curvature all over.
     assert curvature.max() < 1.5 * np.percentile(curvature, 99)
@@ -232,6 +254,25 @@ def test_linear_content_stays_linear_when_expanded() -> None:
     content = np.arange(50, dtype=np.float32)[:, None]
     # Frame i is centred at sample 160 i + 80, feature j at 320 j.
     np.testing.assert_allclose(expand_content(content, 10, 4)[:, 0], [5.25, 5.75, 6.25, 6.75])
+
+
+def test_repeated_content_keeps_its_order_and_its_count() -> None:
+    content = np.arange(50, dtype=np.float32)[:, None]
+    repeated = repeat_content(content, -3, 92, 50 / 86)[:, 0]
+    np.testing.assert_array_equal(repeated[:3], 0.0)
+    np.testing.assert_array_equal(repeated[-3:], 49.0)
+    assert set(np.diff(repeated)) == {0.0, 1.0}
+
+
+def test_melody_at_another_frame_rate_is_the_same_melody() -> None:
+    time_s = (np.arange(1000) + 0.5) / 100
+    track = PitchTrack((220.0 * 2.0 ** (time_s / 10)).astype(np.float32), time_s > 5.0)
+    moved = track_in_frames(track, 861, FULL_SIZE)
+    begin_s = np.arange(861) * 512 / 44100
+    inside = (begin_s > 0.005) & (begin_s < 9.995)  # before the first estimate it is held
+    expected = 220.0 * 2.0 ** (begin_s / 10)
+    np.testing.assert_allclose(moved.f0_hz[inside], expected[inside], rtol=1e-5)
+    assert np.argmax(moved.voiced) == pytest.approx(5.0 * 44100 / 512, abs=1)
 
 
 def test_loudness_follows_the_original_and_silence_wins() -> None:

@@ -34,7 +34,14 @@ def test_problem_types_are_distinct() -> None:
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_callers_mistakes_are_4xx_and_ours_are_5xx(leaf: type[errors.RemixError]) -> None:
     # Busy and cancelled are the caller's to mend: try again later, stay.
-    is_callers = issubclass(leaf, errors.InvalidInput | errors.QueueFull | errors.Cancelled)
+    callers = (
+        errors.InvalidInput
+        | errors.Unauthenticated
+        | errors.Forbidden
+        | errors.QueueFull
+        | errors.Cancelled
+    )
+    is_callers = issubclass(leaf, callers)
     assert PROBLEMS[leaf].status // 100 == (4 if is_callers else 5)
 
 
@@ -57,6 +64,15 @@ def test_problem_carries_what_the_error_says() -> None:
     assert (body["value"], body["limit"], body["remedy"]) == (601, 600, "Cut it first.")
 
 
+def test_retry_after_is_the_errors_own_in_whole_seconds_or_the_tables() -> None:
+    def header(error: Exception) -> str | None:
+        return problem(error).headers.get("retry-after")
+
+    assert header(errors.QueueFull("Full.", retry_after_s=7.2)) == "8"
+    assert header(errors.QueueFull("Full.")) == str(PROBLEMS[errors.QueueFull].retry_after_s)
+    assert header(errors.NotFound("Nobody.")) is None
+
+
 def test_problem_of_a_foreign_error_does_not_tell_its_value() -> None:
     error = StopIteration("the password is hunter2")
     assert b"hunter2" not in bytes(problem(error).body)
@@ -64,7 +80,13 @@ def test_problem_of_a_foreign_error_does_not_tell_its_value() -> None:
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_error_made_of_its_parts_is_the_same(leaf: type[errors.RemixError]) -> None:
-    error = leaf("It has 9; at most 8 are taken.", value=9, limit=[1, 8], remedy="Take one away.")
+    error = leaf(
+        "It has 9; at most 8 are taken.",
+        value=9,
+        limit=[1, 8],
+        remedy="Take one away.",
+        retry_after_s=4.5,
+    )
     again = leaf(**json.loads(json.dumps(error.parts())))
     assert str(again) == str(error) == "It has 9; at most 8 are taken. Take one away."
     assert vars(again) == vars(error)

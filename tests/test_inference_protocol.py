@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2_grpc as protocol
 from tritonclient.utils import InferenceServerException
 
 from remix import errors
@@ -39,7 +38,7 @@ async def doubler_client() -> AsyncIterator[triton.InferenceServerClient]:
     service = InferenceServer("test", 10, Workers(1))
     service.add(Doubler())
     server = grpc.aio.server()
-    protocol.add_GRPCInferenceServiceServicer_to_server(service, server)
+    service.add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     client = triton.InferenceServerClient(f"127.0.0.1:{port}")

@@ -25,7 +25,7 @@ from remix.notes import BeatGrid
 from remix.options import GenerateOptions
 from remix.settings import read_settings
 from remix.stages import STAGES, Stage, Tensors
-from runners.inference_protocol import NUMPY_DTYPES
+from runners.tensor_messages import NUMPY_DTYPES
 from runners.onnx_session import OnnxSession
 from tests.conftest import ROOT, ServerProcess, serving
 from tests.test_remix_service import short_song, song

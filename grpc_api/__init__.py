@@ -1,0 +1,1 @@
+"""The calls of `remix.composer` and `jobs` over gRPC."""

@@ -1,0 +1,98 @@
+"""Calls from their first to their last word: errors become statuses, and the server can stop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from grpc_api.statuses import refuse
+from remix.errors import RunnerUnavailable
+
+Answer = TypeVar("Answer")
+Call = Callable[[Any, Any, Any], Awaitable[Answer]]
+"""A servicer's method: (self, request or requests, context) -> answer."""
+
+
+class Inside:
+    """The calls that are being answered.
+
+    Requests are waited for when the server stops; watchers are not, because they can go on at the
+    next server.
+    """
+
+    def __init__(self) -> None:
+        self.is_stopping = False
+        self.requests: set[asyncio.Task[Any]] = set()
+        self.watchers: set[asyncio.Task[Any]] = set()
+
+    async def leave(self) -> None:
+        """Send the watchers away and wait for the requests."""
+        self.is_stopping = True
+        for task in self.watchers:
+            task.cancel()
+        while left := self.requests | self.watchers:
+            await asyncio.wait(left)
+
+
+def answering(call: Call[Answer]) -> Call[Answer]:
+    """A method that ends with the status of whatever error it raises."""
+
+    @functools.wraps(call)
+    async def answer(self: Any, request: Any, context: Any) -> Answer:
+        task = _current_task()
+        self.inside.requests.add(task)
+        try:
+            return await _refusing(call(self, request, context), context)
+        finally:
+            self.inside.requests.discard(task)
+
+    return answer
+
+
+def watching(call: Call[None]) -> Call[None]:
+    """A method that ends likewise, and with UNAVAILABLE when the server stops."""
+
+    @functools.wraps(call)
+    async def answer(self: Any, request: Any, context: Any) -> None:
+        async def watch() -> None:
+            task = _current_task()
+            self.inside.watchers.add(task)
+            try:
+                await call(self, request, context)
+            except asyncio.CancelledError:
+                if not self.inside.is_stopping:
+                    raise
+                task.uncancel()
+                raise RunnerUnavailable(
+                    "The service is stopping; it must be ready.",
+                    value="stopping",
+                    limit="ready",
+                    remedy="Go on after the last event or byte that you have; another server, or "
+                    "the next one, will answer.",
+                    retry_after_s=2,
+                ) from None
+            finally:
+                self.inside.watchers.discard(task)
+
+        await _refusing(watch(), context)
+
+    return answer
+
+
+async def _refusing(call: Awaitable[Answer], context: Any) -> Answer:
+    try:
+        return await call
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the last one who can answer the caller
+        await refuse(context, error)
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task

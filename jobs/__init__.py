@@ -1,0 +1,1 @@
+"""Durable jobs and the stage cache: between the flow and the transports."""

@@ -1,0 +1,219 @@
+"""One attempt at a job: its song -> its files, told of while it is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import struct
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.files import Files
+from jobs.job import ArtifactInfo
+from jobs.store import Claim, Row, Store, StoredArtifact, played_path
+from remix.audio import Audio, Samples
+from remix.audio_codec import encode
+from remix.composer import Composer
+from remix.errors import StorageUnavailable
+from remix.mix_tracks import SAMPLE_RATE_HZ
+from remix.result_files import media_type_of, remix_files
+from remix.stages import Stage
+
+NOTE_S = 0.25
+"""Progress and sound are noted at most so often: each time is a transaction."""
+
+REPORT = "report.json"
+
+HEADER_BYTES = 44
+"""Of a plain WAV file: RIFF, fmt, data."""
+
+CHANNELS, SAMPLE_BYTES = 2, 2
+
+_log = logging.getLogger(__name__)
+
+
+class Attempt:
+    """Progress and sound of one attempt, on their way into the store.
+
+    Args:
+        store: where they are noted.
+        files: where the sound goes.
+        claim: in whose name.
+        length_samples: of the song.
+        ring: is called when there is news.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        files: Files,
+        claim: Claim,
+        length_samples: int,
+        ring: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._claim = claim
+        self._ring = ring
+        self._loop = asyncio.get_running_loop()
+        self._fractions: dict[Stage, float] = {}
+        self._sound = [wav_header(length_samples)]
+        self._played_bytes = 0
+
+    def progress(self, stage: Stage, fraction: float) -> None:
+        """See `remix.stages.Progress`; from any thread."""
+        self._loop.call_soon_threadsafe(self._fractions.__setitem__, stage, round(fraction, 4))
+
+    def listen(self, stretch: Samples) -> None:
+        """Take the next stretch of the mix, final: [2, t]."""
+        self._sound.append(encode(Audio(stretch, SAMPLE_RATE_HZ), "wav16")[HEADER_BYTES:])
+
+    async def tell_on(self) -> None:
+        """Note what there is, again and again.
+
+        Raises:
+            LostClaim: the attempt counts no more.
+        """
+        while True:
+            await asyncio.sleep(NOTE_S)
+            try:
+                await self.tell()
+            except StorageUnavailable as error:
+                _log.warning("Job %s is not noted for now: %s", self._claim.uid, error)
+
+    async def tell(self) -> None:
+        """Note what there is.
+
+        Raises:
+            LostClaim: the attempt counts no more.
+            StorageUnavailable: it is kept for the next time.
+        """
+        fractions, self._fractions = self._fractions, {}
+        if fractions:
+            try:
+                await self._store.progress(self._claim, fractions)
+            except StorageUnavailable:
+                self._fractions = {**fractions, **self._fractions}
+                raise
+            self._ring(self._claim.uid)
+        if self._played_bytes or len(self._sound) > 1:  # not the header alone
+            await self._play()
+
+    async def _play(self) -> None:
+        sound = b"".join(self._sound)
+        if not sound:
+            return
+        self._sound = [sound]
+        start, stop = self._played_bytes, self._played_bytes + len(sound)
+        path = played_path(self._claim.uid, self._claim.attempt, start, stop)
+        await self._files.run(self._files.write, path, sound)
+        await self._store.play(self._claim, start, stop)
+        self._sound[0] = b""
+        self._played_bytes = stop
+        self._ring(self._claim.uid)
+
+
+def wav_header(length_samples: int) -> bytes:
+    """The header of the mix's file, 16-bit stereo, before there is a mix.
+
+    Source: RIFF/WAVE, Microsoft and IBM 1991, as libsndfile writes it.
+    """
+    frame_bytes = CHANNELS * SAMPLE_BYTES
+    data_bytes = length_samples * frame_bytes
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF", HEADER_BYTES - 8 + data_bytes, b"WAVE",
+        b"fmt ", 16, 1, CHANNELS, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ * frame_bytes, frame_bytes,
+        8 * SAMPLE_BYTES,
+        b"data", data_bytes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an attempt came to.
+
+    Args:
+        stored: the files.
+        is_cold: whether all of it was computed: nothing was in a cache.
+    """
+
+    stored: tuple[StoredArtifact, ...]
+    is_cold: bool
+
+
+class Workshop:
+    """Makes the files of jobs.
+
+    Args:
+        store: the rows.
+        files: songs, and what is made of them.
+        composer: does the work.
+    """
+
+    def __init__(self, store: Store, files: Files, composer: Composer) -> None:
+        self._store = store
+        self._files = files
+        self._composer = composer
+
+    async def make(self, claim: Claim, row: Row, ring: Callable[[str], None]) -> Made:
+        """The files of a job: those of a job that asked for the same, or new ones.
+
+        Raises:
+            RemixError: what the flow or the store failed with.
+            LostClaim: the attempt counts no more.
+        """
+        folder = f"{claim.uid}/{claim.attempt}"
+        if (twin := await self._store.twin(row)) is not None:
+            try:
+                return Made(await self._files.run(self._copy, twin.stored, folder), is_cold=False)
+            except StorageUnavailable as error:
+                _log.warning("The files of the job before are not there: %s", error)
+        length_samples = round(row.duration_s * SAMPLE_RATE_HZ)
+        attempt = Attempt(self._store, self._files, claim, length_samples, ring)
+        with tempfile.NamedTemporaryFile(prefix="philharmonics-") as song:
+            await self._files.run(self._files.fetch, song_path(claim.uid), Path(song.name))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    telling = group.create_task(attempt.tell_on())
+                    made = await self._composer.remix(
+                        Path(song.name), row.job.options, attempt.progress
+                    )
+                    telling.cancel()
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from errors
+        await attempt.tell()
+        files = remix_files(made, self._composer.manifest, self._composer.models_dir)
+        stored = []
+        while file := await self._files.run(next, files, None):
+            stored.append(await self._files.run(self._write, *file, folder))
+        return Made(tuple(stored), not any(time.cached for time in made.times.values()))
+
+    def _write(self, name: str, content: bytes, folder: str) -> StoredArtifact:
+        path = f"{folder}/{name}"
+        self._files.write(path, content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return StoredArtifact(ArtifactInfo(name, media_type_of(name), len(content), sha256), path)
+
+    def _copy(self, stored: Iterable[StoredArtifact], folder: str) -> tuple[StoredArtifact, ...]:
+        copies = []
+        for artifact in stored:
+            name, path = artifact.info.name, f"{folder}/{artifact.info.name}"
+            if name == REPORT:
+                report = json.loads(self._files.read(artifact.path) or b"{}")
+                report["times"]["whole_result_cached"] = True
+                content = json.dumps(report, indent=2).encode()
+                copies.append(self._write(name, content, folder))
+            else:
+                self._files.copy(artifact.path, path)
+                copies.append(StoredArtifact(artifact.info, path))
+        return tuple(copies)
+
+
+def song_path(uid: str) -> str:
+    """Where a job's song lies."""
+    return f"{uid}/song"

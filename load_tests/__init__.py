@@ -1,0 +1,1 @@
+"""Load on a running service, measured from outside: a client that imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""The messages and the stub of `proto/remix/v1/remix.proto`; the rest of it `make proto` makes."""
