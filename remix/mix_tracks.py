@@ -265,7 +265,8 @@ class Mixer:
         for role, track in self._roles.items():
             missing_lu = _difference(ROLE_LUFS[role] - 23.0, track.lufs)
             track.gain.set(None if missing_lu is None else min(missing_lu, MAX_TRACK_GAIN_DB))
-        roles = sum(track.apply(track.gain) for track in self._roles.values())
+        applied = [track.apply(track.gain) for track in self._roles.values()]
+        roles = np.sum(applied, axis=0)
         wanted_lufs = self._accompaniment.lufs + self._lift_lu(end)
         self._band_gain.set(_difference(wanted_lufs, gated_lufs(roles)))
         self._backing_powers = _grown(self._backing_powers, roles, self._band_gain)
@@ -334,13 +335,13 @@ class Mixer:
     @staticmethod
     def _ramp(length: int, *gains: _Gain) -> NDArray[np.float32] | np.float32:
         """The product of gains, from what they were to what they are."""
-        ends = [np.prod([_factor(db) for db in dbs]) for dbs in
-                ([gain.before_db for gain in gains], [gain.db for gain in gains])]  # fmt: skip
-        if ends[0] == ends[1]:
-            return np.float32(ends[1])
-        ramp = np.full(length, ends[1], np.float32)
+        begin = float(np.prod([_factor(gain.before_db) for gain in gains]))
+        end = float(np.prod([_factor(gain.db) for gain in gains]))
+        if begin == end:
+            return np.float32(end)
+        ramp = np.full(length, end, np.float32)
         rising = min(round(RAMP_S * SAMPLE_RATE_HZ), length)
-        ramp[:rising] = np.linspace(*ends, rising, dtype=np.float32)
+        ramp[:rising] = np.linspace(begin, end, rising)
         return ramp
 
 
