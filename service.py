@@ -24,7 +24,10 @@ from http_api.problems import problem
 from jobs.database import Database, open_database
 from jobs.desk import WORK_S, Desk
 from jobs.door import check_address
+from jobs.files import Files
+from jobs.jobs import Jobs
 from jobs.keys import KeyStore
+from jobs.stage_cache import StageCache
 from remix.composer import Composer, warm_up
 from remix.manifest import read_manifest
 from remix.settings import GRPC_HOST
@@ -36,7 +39,7 @@ from runners.runner import QUIET_MALLOC
 
 _settings = settings_with_runtime_dir()
 _ingress = Ingress(_settings.drain_s)
-_desk = Desk(_settings.max_remixes, asks_for_keys=_settings.keys == "on")
+_desk = Desk(_settings)
 
 
 @bentoml.service(
@@ -82,7 +85,16 @@ class Remix:
         manifest = read_manifest()
         self._runners = Runners(_settings, manifest)
         _ingress.heed_signals()
-        _desk.open(Composer(_settings, manifest, self._runners.for_song))
+        self._cache = StageCache(
+            Files(_settings.cache_url), _settings.cache_bytes, manifest, _settings.models_dir
+        )
+        composer = Composer(
+            _settings, manifest, lambda: self._cache.for_song(self._runners.for_song())
+        )
+        self._jobs = Jobs(_settings, composer, _desk.estimator, self._database)
+        await self._jobs.start()
+        _ingress.on_stop(lambda: self._jobs.drain(_settings.drain_s))
+        _desk.open(composer, self._jobs, self._runners.unavailable)
         self._grpc = GrpcService(_desk, _settings, self._is_ready)
         if _settings.grpc_port:
             await self._grpc.start()
@@ -94,6 +106,8 @@ class Remix:
         await self._grpc.stop()
         _desk.open(None)
         await _desk.door.close()
+        await self._jobs.stop()
+        await self._cache.close()
         await self._runners.close()
         self._database.close()
 

@@ -14,16 +14,19 @@ import tempfile
 import threading
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
+from urllib.parse import quote as quote_path
 
 import httpx
 
 DEFAULT_URL = "http://127.0.0.1:3000"
+
+PROBLEM_TYPES = "urn:philharmonics:problem:"
 
 AudioType = Literal["audio/wav", "audio/flac", "audio/mpeg"]
 NotesType = Literal["audio/midi", "application/json"]
@@ -98,10 +101,14 @@ class Client:
 
     Args:
         base_url: address of the server.
+        key: an API key, where the server asks for one.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=TIMEOUT, trust_env=False)
+    def __init__(self, base_url: str = DEFAULT_URL, key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(
+            base_url=base_url, headers=headers, timeout=TIMEOUT, trust_env=False
+        )
         self.base_url = base_url
 
     def __enter__(self) -> Client:
@@ -131,8 +138,9 @@ class Client:
     def is_ours(self) -> bool:
         """Whether a server is there, and it is one of ours: others like this port too."""
         try:
-            return "voices" in self._http.get("/v1/voices", timeout=5.0).json()
-        except (httpx.TransportError, ValueError, TypeError):
+            body = self._http.get("/v1/voices", timeout=5.0).json()
+            return "voices" in body or str(body["type"]).startswith(PROBLEM_TYPES)
+        except (httpx.TransportError, ValueError, TypeError, KeyError):
             return False
 
     def remix(
@@ -231,6 +239,28 @@ class Client:
     def models(self) -> list[dict[str, Any]]:
         """The models of the server's manifest."""
         return self._list("/v1/models", "models")
+
+    def quote(self, duration_s: float) -> dict[str, Any]:
+        """What a song of this length would cost, and when it would be done, were it sent now."""
+        with self._open("POST", "/v1/quote", json={"duration_s": duration_s}) as answer:
+            facts: dict[str, Any] = json.loads(answer.read())
+        return facts
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The API keys, without the keys themselves; for a key of the scope `admin`."""
+        return self._list("/v1/keys", "keys")
+
+    def add_key(self, name: str, scopes: Sequence[str], **quotas: int) -> dict[str, Any]:
+        """A new API key; the key itself is the member `key`, and nowhere else."""
+        body = {"name": name, "scopes": list(scopes), **quotas}
+        with self._open("POST", "/v1/keys", json=body) as answer:
+            facts: dict[str, Any] = json.loads(answer.read())
+        return facts
+
+    def revoke_key(self, key_id: str) -> None:
+        """Make an API key invalid, for good."""
+        with self._open("DELETE", f"/v1/keys/{quote_path(key_id, safe='')}"):
+            pass
 
     def progress(self, request_id: str) -> Iterator[tuple[str, float]]:
         """Stage and fraction done of a running request, until it ends."""

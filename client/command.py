@@ -1,4 +1,4 @@
-"""The `philharmonics` command: remix a song, serve, list models and voices.
+"""The `philharmonics` command: remix a song, serve, list models and voices, keep API keys.
 
 exit codes   0 done
              2 wrong usage
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,8 @@ from client.progress import show_progress
 
 REFUSED, UNREACHABLE, FAILED, BUSY, INTERRUPTED = 3, 4, 5, 6, 130
 
+SCOPES_HELP = "remix, voices, metrics or admin; may be repeated."
+
 server_option = click.option(
     "--server",
     envvar="PHILHARMONICS_SERVER",
@@ -35,6 +37,20 @@ server_option = click.option(
     help=f"A running server. Unset: {DEFAULT_URL} if one is there, else one is started for this "
     "call and stopped after it.",
 )
+
+
+key_option = click.option(
+    "--key",
+    envvar="PHILHARMONICS_API_KEY",
+    metavar="KEY",
+    help="Your API key, where the server asks for one. Better in the variable: others see what "
+    "a command was called with.",
+)
+
+
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of every command that talks to a server."""
+    return server_option(key_option(command))
 
 
 @click.group(epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 no server, 5 failed, 6 busy.")
@@ -58,9 +74,14 @@ def main() -> None:
     metavar="NAME=VALUE",
     help="Any other option of the server's /docs, such as -o temperature=0.8. May be repeated.",
 )
-@server_option
+@server_options
 def remix(
-    song: Path, out: Path | None, settings: tuple[str, ...], server: str | None, **named: Any
+    song: Path,
+    out: Path | None,
+    settings: tuple[str, ...],
+    server: str | None,
+    key: str | None,
+    **named: Any,
 ) -> None:
     """Remix SONG: another voice over newly written music.
 
@@ -70,7 +91,7 @@ def remix(
     options = {name: value for name, value in named.items() if value is not None}
     options |= dict(_setting(setting) for setting in settings)
     folder = out or Path("out") / song.stem
-    with _errors(), _server(server) as client, show_progress(sys.stderr) as on_progress:
+    with _errors(), _server(server, key) as client, show_progress(sys.stderr) as on_progress:
         client.remix(song, folder, options, on_progress=on_progress)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -94,21 +115,66 @@ def serve(host: str, port: int, grpc_port: int) -> None:
 
 
 @main.command()
-@server_option
-def models(server: str | None) -> None:
+@server_options
+def models(server: str | None, key: str | None) -> None:
     """List the models: stage, licence, weights, whether they are installed."""
-    with _errors(), _server(server) as client:
+    with _errors(), _server(server, key) as client:
         rows = client.models()
     _print(rows, ["name", "stage", "weights", "licence", "installed", "default"])
 
 
 @main.command()
-@server_option
-def voices(server: str | None) -> None:
+@server_options
+def voices(server: str | None, key: str | None) -> None:
     """List the voices that can sing."""
-    with _errors(), _server(server) as client:
+    with _errors(), _server(server, key) as client:
         rows = client.voices()
     _print(rows, ["name", "model", "weights", "licence", "default"])
+
+
+@main.group()
+def keys() -> None:
+    """API keys of a server that asks for them; with a key of the scope admin.
+
+    The first one is made beside the server: python -m jobs.keys add NAME --scope admin
+    """
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option("--scope", "scopes", multiple=True, required=True, metavar="SCOPE", help=SCOPES_HELP)
+@click.option("--rate", "rate_per_minute", type=int, help="Requests a minute.")
+@click.option("--jobs", "jobs_at_once", type=int, help="Jobs that have not ended.")
+@server_options
+def add_key(
+    name: str, scopes: tuple[str, ...], server: str | None, key: str | None, **quotas: int | None
+) -> None:
+    """Make a key called NAME and print it: it is shown this once."""
+    given = {quota: value for quota, value in quotas.items() if value is not None}
+    with _errors(), Client(server or DEFAULT_URL, key) as client:
+        click.echo(client.add_key(name, scopes, **given)["key"])
+
+
+@keys.command("list")
+@server_options
+def list_keys(server: str | None, key: str | None) -> None:
+    """List the keys, the oldest first."""
+    with _errors(), Client(server or DEFAULT_URL, key) as client:
+        rows = client.keys()
+    for row in rows:
+        row["scopes"] = " ".join(row["scopes"])
+        row["valid"] = row["revoked_s"] is None
+    _print(rows, ["id", "name", "scopes", "rate_per_minute", "jobs_at_once", "valid"])
+
+
+@keys.command("revoke")
+@click.argument("key_id", metavar="ID")
+@server_options
+def revoke_key(key_id: str, server: str | None, key: str | None) -> None:
+    """Make the key ID invalid, for good."""
+    with _errors(), Client(server or DEFAULT_URL, key) as client:
+        client.revoke_key(key_id)
+    click.echo(f"{key_id} is revoked.")
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -122,15 +188,15 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 @contextmanager
-def _server(url: str | None) -> Iterator[Client]:
+def _server(url: str | None, key: str | None) -> Iterator[Client]:
     """The server at `url`; or the one at the default address; or one for this call."""
-    with Client(url or DEFAULT_URL) as client:
+    with Client(url or DEFAULT_URL, key) as client:
         if url is not None or client.is_ours():
             yield client
             return
     with (
         local_server(notify=lambda line: click.echo(line, err=True)) as own_url,
-        Client(own_url) as client,
+        Client(own_url, key) as client,
     ):
         yield client
 

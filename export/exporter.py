@@ -14,7 +14,7 @@ needs to know of it (`export/architectures.py` collects them):
         def weights(self): ...                  # initializer -> the array that must stand in it
         def cases(self): ...                    # what both are compared on
 
-    ARCHITECTURES = (Architecture("my-voice", "convert_voice", load_my_voice, write_random_my_voice),)
+    ARCHITECTURES = (Architecture("my-voice", "convert_voice", load_my_voice, write_my_voice),)
 
 The frame does the rest, for every architecture alike: it writes the artefact and its manifest
 entry, has the *runner* serve it (`export/serve.py`), compares, perturbs weights to see that the
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from remix.stages import Stage, Tensors
@@ -78,10 +77,10 @@ class Original(ABC):
     def onnx(self) -> onnx.ModelProto:
         """The model as a graph in fp32, facts in its metadata; batch (and length) free."""
 
-    def torchscript(self) -> torch.jit.ScriptModule | None:
-        """The same function, traced: inputs and outputs of the graph by position; None for none.
+    def torchscript(self) -> bytes | None:
+        """The same function as a TorchScript archive (`export.trace.to_torchscript`), or None.
 
-        Their names stand in `export/trace.py`, `to_torchscript`, which makes it.
+        Inputs, outputs and parameters have the graph's names.
         """
         return None
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.array_names import require_same_names
 from export.band_transformer import BandTransformer, Block, ModelSize
+from export.exporter import Architecture, Arrays, Case, Original, ServedCall
+from export.random_weights import fill_at_random
+from remix.errors import InvalidModel
 from remix.note_tokens import VOCABULARY_HASH
+from remix.stages import Tensors
 
 OPSET = 17
 IR_VERSION = 8
@@ -222,24 +227,152 @@ def load_model(checkpoint: Path) -> tuple[BandTransformer, dict[str, float]]:
     """The trained model, its weights rounded to fp16 as they will be stored; and its last log row.
 
     Raises:
-        ValueError: the checkpoint was trained on another vocabulary.
+        InvalidModel: the file is damaged or names code, or was trained on another vocabulary.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if state["vocabulary"] != VOCABULARY_HASH:
-        raise ValueError(
-            f"{checkpoint} was trained on vocabulary {state['vocabulary']}, "
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        vocabulary, size = state["vocabulary"], ModelSize(**state["size"])
+        weights = {name: tensor.half().float() for name, tensor in state["model"].items()}
+        trained = {**state["log"][-1], "step": state["step"]}
+    except Exception as error:  # torch's unpickler raises whatever the bytes make it raise
+        reason = str(error).split("\n\n")[0]
+        raise InvalidModel(
+            f"{checkpoint} is no checkpoint of training.generate_notes, and nothing in it was "
+            f"executed: {reason}"
+        ) from error
+    if vocabulary != VOCABULARY_HASH:
+        raise InvalidModel(
+            f"{checkpoint} was trained on vocabulary {vocabulary}, "
             f"this tree has {VOCABULARY_HASH}: train again."
         )
-    model = BandTransformer(ModelSize(**state["size"]))
-    weights = {name: tensor.half().float() for name, tensor in state["model"].items()}
+    model = BandTransformer(size)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    require_same_names(checkpoint, {n: w.numpy() for n, w in weights.items()}, expected)
     model.load_state_dict(weights)
-    return model.eval(), {**state["log"][-1], "step": state["step"]}
+    return model.eval(), trained
+
+
+class Generator(Original):
+    """The band transformer, which is ours: the original is its own forward pass in torch.
+
+    Inputs: tokens [B, S], and split [1]: so many tokens are a history, the rest follows one by
+    one, as the runner writes. Output: logits [B, S - split + 1, V] after the history and after
+    each token that follows.
+    """
+
+    stage = "generate_notes"
+    sample_rate_hz = 0
+
+    def __init__(self, model: BandTransformer) -> None:
+        self.model = model
+        self.facts: Mapping[str, Any] = {"architecture": "band-transformer"}
+
+    @torch.no_grad()
+    def reference(self, inputs: Tensors) -> Arrays:
+        """Logits of the whole sequences."""
+        logits = self.model(torch.from_numpy(inputs["tokens"]))
+        return {"logits": logits[:, int(inputs["split"][0]) - 1 :].numpy()}
+
+    def onnx(self) -> onnx.ModelProto:
+        """See the module."""
+        shape = {name: str(value) for name, value in self.model.size.as_dict().items()}
+        return TransformerGraph(self.model).model({**shape, "vocabulary": VOCABULARY_HASH})
+
+    def weights(self) -> Arrays:
+        """As the graph stores them: in fp16, transposed, queries scaled, projections joined."""
+        state = {name: w.numpy() for name, w in self.model.state_dict().items()}
+        size, stored = self.model.size, {"embedding": state["embedding.weight"]}
+        stored["norm"] = state["norm.weight"]
+        for index in range(size.layers):
+            name = f"blocks.{index}"
+            query = state[f"{name}.query.weight"] * np.float32(size.head_channels**-0.5)
+            stored[f"{name}.qkv"] = np.concatenate([query, state[f"{name}.key_value.weight"]]).T
+            for norm in ("attention_norm", "feed_norm"):
+                stored[f"{name}.{norm}"] = state[f"{name}.{norm}.weight"]
+            for matrix in ("output", "gate_up", "down"):
+                stored[f"{name}.{matrix}"] = state[f"{name}.{matrix}.weight"].T
+        return {f"{name}.fp16": array.astype(np.float16) for name, array in stored.items()}
+
+    def cases(self) -> Iterator[Case]:
+        """Long and short histories, batches, steps over the cache."""
+        for batch, n_tokens, split in ((1, 512, 512), (2, 96, 48), (5, 40, 7)):
+            name = f"{batch} x {n_tokens} tokens, {n_tokens - split} of them in steps"
+            yield Case(name, self._tokens(batch, n_tokens, split))
+
+    def served(self, model: ServedCall, inputs: Tensors) -> Arrays:
+        """The graph over a cache, as the runner drives it: the history, then token by token."""
+        tokens, split = inputs["tokens"], int(inputs["split"][0])
+        batch, n_tokens = tokens.shape
+        cache = empty_cache(self.model.size, batch, n_tokens)
+        logits = []
+        for begin, end in zip(
+            [0, *range(split, n_tokens)], range(split, n_tokens + 1), strict=True
+        ):
+            outputs = model({
+                "tokens": tokens[:, begin:end],
+                "positions": np.tile(np.arange(begin, end), (batch, 1)),
+                "last": np.full(batch, end - begin - 1),
+                "past_length": np.full(batch, begin),
+                **cache,
+            })  # fmt: skip
+            for index in range(self.model.size.layers):
+                cache[f"past_key_{index}"][:, :, begin:end] = outputs[f"key_{index}"]
+                cache[f"past_value_{index}"][:, begin:end] = outputs[f"value_{index}"]
+            logits.append(outputs["logits"])
+        return {"logits": np.stack(logits, 1)}
+
+    def speed_inputs(self, batch: int) -> Tensors:
+        """A history, as the runner first sends it to the graph."""
+        tokens = self._tokens(batch, 256, 256)["tokens"]
+        return {
+            "tokens": tokens,
+            "positions": np.tile(np.arange(256), (batch, 1)),
+            "last": np.full(batch, 255),
+            "past_length": np.zeros(batch, np.int64),
+            **empty_cache(self.model.size, batch, 0),
+        }
+
+    def _tokens(self, batch: int, n_tokens: int, split: int) -> dict[str, NDArray[Any]]:
+        rng = np.random.default_rng(n_tokens)
+        tokens = rng.integers(0, self.model.size.vocabulary_size, (batch, n_tokens))
+        return {"tokens": tokens, "split": np.array([split])}
+
+
+def load_generator(checkpoint: Path) -> Generator:
+    """The generator of a checkpoint of `training.generate_notes`.
+
+    Raises:
+        InvalidModel: see `load_model`.
+    """
+    return Generator(load_model(checkpoint)[0])
+
+
+def write_random_generator(path: Path) -> None:
+    """A checkpoint as training writes it, of seeded random weights."""
+    model = BandTransformer(ModelSize())
+    fill_at_random(model)
+    torch.save(
+        {
+            "vocabulary": VOCABULARY_HASH,
+            "size": model.size.as_dict(),
+            "model": model.state_dict(),
+            "log": [{}],
+            "step": 0,
+        },
+        path,
+    )
+
+
+ARCHITECTURES = (
+    Architecture("band-transformer", "generate_notes", load_generator, write_random_generator),
+)
 
 
 def export(model: BandTransformer, facts: Mapping[str, str], path: Path) -> None:
     """Writes the graph; the same model and facts give the same bytes."""
-    shape = {name: str(value) for name, value in model.size.as_dict().items()}
-    graph = TransformerGraph(model).model({**shape, "vocabulary": VOCABULARY_HASH, **facts})
+    graph = Generator(model).onnx()
+    known = {entry.key: entry.value for entry in graph.metadata_props}
+    onnx.helper.set_model_props(graph, {**known, **facts})
     path.write_bytes(graph.SerializeToString(deterministic=True))
 
 

@@ -19,6 +19,7 @@ a published checkpoint fills the committed graph without torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -34,15 +35,17 @@ class HTDemucsGraph(nn.Module):
 
     Args:
         model: the network, in evaluation mode.
+        stems: which of the model's, by index; all, where nothing is said. The last layers do
+            not compute the others.
 
     Raises:
         InvalidModel: it has a part that demucs knows but no published HTDemucs uses.
     """
 
-    def __init__(self, model: HTDemucs) -> None:
+    def __init__(self, model: HTDemucs, stems: Sequence[int] = ()) -> None:
         super().__init__()
         _check_is_plain(model)
-        self.n_stems = len(model.sources)
+        self.n_stems = len(stems) or len(model.sources)
         self.window_samples = int(model.segment * model.samplerate)
         self.n_frames = -(-self.window_samples // model.hop_length)
         self.spectral_epsilon = 1e-5 * model.nfft**0.5
@@ -56,6 +59,10 @@ class HTDemucsGraph(nn.Module):
         self.frequency_embedding = embedding.embedding
         self.frequency_scale = embedding.scale * model.freq_emb_scale
         self.bottleneck = Bottleneck(model, self.window_samples, self.n_frames)
+        if stems:
+            last, last_t = cast(Any, self.decoder[-1]), cast(Any, self.time_decoder[-1])
+            last.channels = _channels_of(stems, 2 * model.audio_channels)
+            last_t.channels = _channels_of(stems, model.audio_channels)
 
     def forward(self, mixture: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
         """Separate a batch of windows.
@@ -203,12 +210,21 @@ class DecoderLayer(nn.Module):
         self.rewrite = layer.rewrite
         self.residual = _residual(layer.dconv)
         self.transposed = layer.conv_tr
+        self.channels: list[slice] = [slice(None)]
+        """Which of the output channels are computed."""
 
     def forward(self, x: Tensor, skip: Tensor, length: int) -> Tensor:
         """Four times the rows, or (length not 0) `length` samples, with fewer channels."""
-        rewrite = self.rewrite
+        rewrite, transposed = self.rewrite, self.transposed
         x = gated_convolution(x + skip, rewrite.weight, rewrite.bias, rewrite.padding)
-        x = self.transposed(self.residual(x))
+        x = self.residual(x)
+        if self.channels == [slice(None)]:
+            x = transposed(x)
+        else:
+            weight = torch.cat([transposed.weight[:, part] for part in self.channels], 1)
+            bias = torch.cat([transposed.bias[part] for part in self.channels])
+            transpose: Any = F.conv_transpose2d if length == 0 else F.conv_transpose1d
+            x = transpose(x, weight, bias, transposed.stride)
         x = x[:, :, self.pad : -self.pad] if length == 0 else x[..., self.pad : self.pad + length]
         return x if self.is_last else F.gelu(x)
 
@@ -308,7 +324,7 @@ class TransformerLayer(nn.Module):
                 (normed, attended_to, attended_to), weights, biases, strict=True
             )
         )
-        heads = cast(Any, _Attention).apply(query, key, value, self.n_heads)
+        heads = attend(query, key, value, self.n_heads)
         x = x + _scaled_linear(heads, self.out, self.out_scale)
         hidden = F.gelu(self.linear1(self.norm_ff(x)))
         x = x + _scaled_linear(hidden, self.linear2, self.linear2_scale)
@@ -318,19 +334,83 @@ class TransformerLayer(nn.Module):
         return cast(Tensor, normalised * self.norm_out.weight + self.norm_out.bias)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
+    """softmax(q k' / sqrt(D)) v per head: [B, T, C], [B, T', C] twice -> [B, T, C]."""
+    if torch.onnx.is_in_onnx_export():
+        return cast(Tensor, cast(Any, _Attention).apply(q, k, v, n_heads))
+    q, k, v = (t.view(*t.shape[:2], n_heads, -1).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class _Attention(torch.autograd.Function):
-    """softmax(q k' / sqrt(D)) v per head, exported as one operator."""
+    """`attend`, exported as one operator."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
-        q, k, v = (t.view(*t.shape[:2], n_heads, -1).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return torch.empty_like(q)  # the exporter looks at shapes
 
     @staticmethod
     def symbolic(g: Any, q: Any, k: Any, v: Any, n_heads: int) -> Any:
         result = g.op("com.microsoft::MultiHeadAttention", q, k, v, num_heads_i=n_heads)
         result.setType(q.type())
         return result
+
+
+class HTDemucsBag(nn.Module):
+    """Several networks as one: each stem is the weighted mean of the networks' guesses at it.
+
+    A network computes only the stems that its weights are not zero for: of `htdemucs_ft`, whose
+    four networks are each good for one stem, each computes that one.
+
+    Args:
+        models: networks of the same stems, window and sample rate, in evaluation mode.
+        weights: of each network, of each stem. Source: demucs 4.1.0, apply.py, `apply_model`.
+
+    Raises:
+        InvalidModel: they do not fit together, or a stem has no weight.
+    """
+
+    def __init__(self, models: Sequence[HTDemucs], weights: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        first = models[0]
+        layout = [(model.sources, model.samplerate, model.segment) for model in models]
+        totals = [sum(column) for column in zip(*weights, strict=True)]
+        if any(each != layout[0] for each in layout) or len(weights) != len(models):
+            raise InvalidModel(f"The networks of a bag differ: {layout}, {len(weights)} weights.")
+        if len(totals) != len(first.sources) or min(totals) <= 0:
+            raise InvalidModel(
+                f"A bag of {len(models)} networks has the weights {weights}: every one of "
+                f"{', '.join(first.sources)} needs some."
+            )
+        self.n_stems = len(totals)
+        self.shares = [
+            {stem: weight / totals[stem] for stem, weight in enumerate(row) if weight}
+            for row in weights
+        ]
+        self.models = nn.ModuleList(
+            HTDemucsGraph(model, list(share))
+            for model, share in zip(models, self.shares, strict=True)
+        )
+        graph = cast(HTDemucsGraph, self.models[0])
+        self.window_samples, self.n_frames = graph.window_samples, graph.n_frames
+
+    def forward(self, mixture: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
+        """See `HTDemucsGraph.forward`."""
+        results: list[list[list[Tensor]]] = [[[], []] for _ in range(self.n_stems)]
+        for model, share in zip(self.models, self.shares, strict=True):
+            outputs = model(mixture, spectra)
+            for index, (stem, weight) in enumerate(share.items()):
+                for kind, output in enumerate(outputs):
+                    results[stem][kind].append(output[:, index : index + 1] * weight)
+        spectra_stems, wave_stems = (
+            torch.cat([sum(stem[kind][1:], stem[kind][0]) for stem in results], 1)
+            for kind in (0, 1)
+        )
+        return spectra_stems, wave_stems
+
+
+def _channels_of(stems: Sequence[int], each: int) -> list[slice]:
+    return [slice(stem * each, (stem + 1) * each) for stem in stems]
 
 
 def _check_is_plain(model: HTDemucs) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from grpc_api.statuses import INTERNAL, KINDS_BY_NAME, as_json
+from jobs.forecast import Quote
 from jobs.job import ArtifactInfo, Job, JobEvent, JobFailure, State
 from remix.composer import Composer
 from remix.errors import InvalidOption
@@ -102,6 +103,18 @@ def file_message(artifact: ArtifactInfo) -> messages.File:
         media_type=artifact.media_type,
         size_bytes=artifact.size_bytes,
         sha256=artifact.sha256,
+    )
+
+
+def quote_message(quote: Quote) -> messages.QuoteResponse:
+    """What a song would cost, and when it would be done."""
+    return messages.QuoteResponse(
+        compute_s=quote.cost.compute_s,
+        stages_s={str(stage): took_s for stage, took_s in quote.cost.stages_s.items()},
+        alone_s=quote.cost.alone_s,
+        jobs_before=quote.jobs_before,
+        start_in_s=quote.span.start_s,
+        done_in_s=quote.span.end_s,
     )
 
 

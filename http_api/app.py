@@ -14,11 +14,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 
 from http_api.admission import while_wanted
 from http_api.catalogue import ModelList, VoiceList, model_list, voice_list
+from http_api.guard import caller_of
+from http_api.job_routes import add_job_routes
 from http_api.key_routes import add_key_routes
 from http_api.negotiation import choose
-from http_api.openapi import DESCRIPTION, Problem, form, form_answers, problems
+from http_api.openapi import DESCRIPTION, SECURITY_SCHEME, Problem, form, form_answers, problems
 from http_api.problems import NO_SUCH_REQUEST, answer_problem, kind_of_status
 from http_api.progress_board import ProgressBoard
+from http_api.quote_route import add_quote_route
 from http_api.stage_routes import FORM_ROUTES, FormRoute
 from http_api.uploads import read_upload
 from jobs.desk import Desk
@@ -30,15 +33,15 @@ async def serve(
     desk: Desk, board: ProgressBoard, request: Request, route: FormRoute[Any]
 ) -> Response:
     """One request, from its headers to its answer; nothing of it is left behind."""
+    caller = caller_of(request)
     with board.entry(request.headers.get("x-request-id")) as progress:
         media_type = choose(request.headers.get("accept"), route.offers)
         async with AsyncExitStack() as stack:
-            with desk.slots[route.is_whole_flow].hold():
-                pass  # refuse before the upload what would be refused after it
+            desk.check(route.stages)
             async with desk.uploading():
                 upload = await stack.enter_async_context(read_upload(request, route.part))
             # Not while it uploads: slow callers would keep the others out.
-            async with desk.working(route.is_whole_flow):
+            async with desk.working(route.stages, caller):
                 options = parse_options(route.options, upload.options)
                 work = route.work(desk.composer, upload.path, options, media_type, progress)
                 return await while_wanted(request, work)
@@ -74,6 +77,8 @@ def build_app(desk: Desk) -> FastAPI:
     _add_lists(app, desk)
     _add_progress(app, board)
     add_key_routes(app, desk)
+    add_job_routes(app, desk)
+    add_quote_route(app, desk)
     _add_docs(app)
     return app
 
@@ -158,6 +163,8 @@ def _add_docs(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         schema = described()
         schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+        schema["components"]["securitySchemes"] = {"key": SECURITY_SCHEME}
+        schema["security"] = [{"key": []}]
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

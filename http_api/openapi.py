@@ -34,6 +34,13 @@ remedy. Files are uploaded, never fetched from an address. To watch a request, s
 """
 
 
+SECURITY_SCHEME = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "An API key, `phk_…`. None is needed where the server runs without keys.",
+}
+
+
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 

@@ -13,7 +13,7 @@ from http_api import answers
 from http_api.answers import FLAC, JSON, MIDI, MP3, WAV, ZIP
 from remix.composer import Composer
 from remix.options import ConvertOptions, GenerateOptions, Options, RemixOptions, SeparateOptions
-from remix.stages import Progress
+from remix.stages import STAGES, Progress, Stage
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -39,7 +39,7 @@ class FormRoute(Generic[AnyOptions]):
         answer: what comes back, for OpenAPI.
         offers: media types of the answer, the default first.
         work: does it: (composer, file, options, media type, progress) -> answer.
-        is_whole_flow: whether it takes a slot of the remixes.
+        stages: whose runners it needs.
     """
 
     path: str
@@ -51,8 +51,8 @@ class FormRoute(Generic[AnyOptions]):
     example: Mapping[str, Any]
     answer: str
     offers: tuple[str, ...]
+    stages: tuple[Stage, ...]
     work: Callable[[Composer, Path, AnyOptions, str, Progress], Coroutine[Any, Any, Response]]
-    is_whole_flow: bool = False
 
 
 async def _remix(
@@ -104,8 +104,8 @@ FORM_ROUTES: tuple[FormRoute[Any], ...] = (
         example={"voice": "", "seed": 1, "temperature": 0.9},
         answer="The remix, stereo at 44.1 kHz, as long as the song; or all there is of it.",
         offers=(*AUDIO, ZIP),
+        stages=STAGES,
         work=_remix,
-        is_whole_flow=True,
     ),
     FormRoute(
         path="/v1/separate",
@@ -117,6 +117,7 @@ FORM_ROUTES: tuple[FormRoute[Any], ...] = (
         example={},
         answer="A ZIP of stems/*.wav.",
         offers=(ZIP,),
+        stages=("separate_stems",),
         work=_separate,
     ),
     FormRoute(
@@ -130,6 +131,7 @@ FORM_ROUTES: tuple[FormRoute[Any], ...] = (
         example={},
         answer="The notes that were heard.",
         offers=NOTES,
+        stages=("transcribe_notes",),
         work=_transcribe,
     ),
     FormRoute(
@@ -142,6 +144,7 @@ FORM_ROUTES: tuple[FormRoute[Any], ...] = (
         example={"seed": 1, "mode": "accompany", "tracks": ["drums", "bass", "piano"]},
         answer="The notes that were written, by track.",
         offers=NOTES,
+        stages=("generate_notes",),
         work=_generate,
     ),
     FormRoute(
@@ -155,6 +158,7 @@ FORM_ROUTES: tuple[FormRoute[Any], ...] = (
         example={"octaves": 0},
         answer="The vocal, as long as it was.",
         offers=AUDIO,
+        stages=("convert_voice",),
         work=_convert,
     ),
     FormRoute(
@@ -167,6 +171,7 @@ FORM_ROUTES: tuple[FormRoute[Any], ...] = (
         example={},
         answer="The sound of the notes, stereo at 44.1 kHz.",
         offers=AUDIO,
+        stages=("synthesize_audio",),
         work=_synthesize,
     ),
 )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
-from jobs.door import Door
+from jobs.admission import Slots, check_room, check_runners, check_share
+from jobs.door import Caller, Door
+from jobs.estimate import Estimator, read_cost_model
+from jobs.forecast import Forecast, Forecaster, Quote
+from jobs.jobs import Jobs
 from jobs.keys import KeyStore
 from remix.composer import Composer
-from remix.errors import DeadlineExceeded, QueueFull, RunnerUnavailable
+from remix.errors import DeadlineExceeded, LimitExceeded, NotFound, RunnerUnavailable
+from remix.settings import Settings
+from remix.stages import STAGES, Stage
 
 UPLOAD_S = 600.0
 """How long a caller may take to send a request: 200 MB at 3 Mbit/s."""
@@ -24,63 +31,46 @@ STAGE_CALLS_PER_REMIX = 4
 """Calls of single stages that are let in for each remix that is: each holds less."""
 
 
-class Slots:
-    """So many requests at once; the next one is refused, not queued.
-
-    Args:
-        limit: requests at once.
-        what: their name, for the refusal.
-    """
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit = limit
-        self._what = what
-        self.taken = 0
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold a slot.
-
-        Raises:
-            QueueFull: none is free.
-        """
-        if self.taken >= self._limit:
-            raise QueueFull(
-                f"{self.taken} {self._what} are running, and this service runs at most "
-                f"{self._limit} at once.",
-                value=self.taken,
-                limit=self._limit,
-                remedy="Try again when Retry-After has passed.",
-            )
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
-
-
 class Desk:
-    """One for the process: the composer, who may come to it, and the slots of their requests.
+    """One for the process: who does the work, who may come to it, and how much of it is let in.
 
     Args:
-        max_remixes: whole songs at once.
-        asks_for_keys: whether callers must have API keys.
+        settings: what the limits are.
     """
 
-    def __init__(self, max_remixes: int, asks_for_keys: bool = False) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._composer: Composer | None = None
-        self.door = Door(asks_for_keys)
+        self._jobs: Jobs | None = None
+        self._away: Callable[[], Sequence[Stage]] = tuple
+        self.door = Door(settings.keys == "on")
         self.keys: KeyStore | None = None
-        self.uploads = Slots(max_remixes * UPLOADS_PER_REMIX, "uploads")
-        self.slots = {
-            True: Slots(max_remixes, "remixes"),
-            False: Slots(max_remixes * STAGE_CALLS_PER_REMIX, "calls of single stages"),
+        self.estimator = Estimator(read_cost_model())
+        self._forecaster = Forecaster(self.estimator, settings.max_remixes)
+        self._songs = Counter[str]()
+        self._uploads = Slots(settings.max_remixes * UPLOADS_PER_REMIX, "uploads")
+        self._slots = {
+            True: Slots(settings.max_remixes, "remixes"),
+            False: Slots(settings.max_remixes * STAGE_CALLS_PER_REMIX, "calls of single stages"),
         }
         """By whether it is the whole flow."""
 
-    def open(self, composer: Composer | None) -> None:
-        """Take requests for this composer from now on; for none, refuse them."""
+    def open(
+        self,
+        composer: Composer | None,
+        jobs: Jobs | None = None,
+        away: Callable[[], Sequence[Stage]] = tuple,
+    ) -> None:
+        """Take requests for these from now on; for none, refuse them.
+
+        Args:
+            composer: does the work.
+            jobs: keeps what nobody waits for.
+            away: the stages whose runner does not answer, as far as is known; tells at once.
+        """
         self._composer = composer
+        self._jobs = jobs
+        self._away = away
 
     @property
     def composer(self) -> Composer:
@@ -90,13 +80,32 @@ class Desk:
             RunnerUnavailable: the service is starting or stopping.
         """
         if self._composer is None:
-            raise RunnerUnavailable(
-                "The service is starting or stopping; it must be ready.",
-                value="not ready",
-                limit="ready",
-                remedy="Try again when GET /readyz answers 200.",
-            )
+            raise _not_ready()
         return self._composer
+
+    @property
+    def jobs(self) -> Jobs:
+        """What is done without a caller who waits for it.
+
+        Raises:
+            RunnerUnavailable: the service is starting or stopping.
+        """
+        if self._jobs is None:
+            raise _not_ready()
+        return self._jobs
+
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Refuse, before a request is read, what would be refused after that.
+
+        Args:
+            stages: that it needs.
+
+        Raises:
+            QueueFull: too much is under way.
+            RunnerUnavailable: one that is needed does not answer.
+        """
+        check_runners(stages, self._away())
+        self._slots[stages == STAGES].check()
 
     @asynccontextmanager
     async def uploading(self) -> AsyncIterator[None]:
@@ -106,22 +115,95 @@ class Desk:
             DeadlineExceeded: it takes too long.
             QueueFull: too many upload at once.
         """
-        with self.uploads.hold():
+        with self._uploads.hold():
             async with _within(UPLOAD_S, "The request was not here", "Send a smaller file."):
                 yield
 
     @asynccontextmanager
-    async def working(self, is_whole_flow: bool) -> AsyncIterator[None]:
+    async def working(self, stages: Sequence[Stage], caller: Caller) -> AsyncIterator[None]:
         """While the work of a request is done.
+
+        Args:
+            stages: that it needs; all of them are the whole flow.
+            caller: whose request it is.
 
         Raises:
             DeadlineExceeded: it takes too long.
-            QueueFull: too much is under way at once.
+            QueueFull: too much is under way at once, of all or of this caller.
         """
         remedy = "Send a shorter song, or ask for the stages one by one."
-        with self.slots[is_whole_flow].hold():
+        with self._slots[stages == STAGES].hold():
             async with _within(WORK_S, "The work was not done", remedy):
-                yield
+                if stages != STAGES:
+                    yield
+                    return
+                check_share(caller, self._songs[caller.owner], Forecast((), ()))
+                with self._song_of(caller):
+                    yield
+
+    @asynccontextmanager
+    async def submitting(self, caller: Caller, job_id: str | None = None) -> AsyncIterator[Jobs]:
+        """While a job's song arrives and is taken; to be entered before it is read.
+
+        Args:
+            caller: whose job it is.
+            job_id: the caller's own, if it is known yet; what is there already is not refused.
+
+        Raises:
+            QueueFull: too many jobs, of all or of this caller, have not ended.
+            RunnerUnavailable: one of the runners does not answer.
+        """
+        jobs = self.jobs
+        if job_id is None or not await _knows(jobs, job_id, caller):
+            check_runners(STAGES, self._away())
+            expected = self._forecaster.forecast(*await jobs.outlook())
+            check_room(expected, self._settings.max_waiting_jobs)
+            check_share(caller, self._songs[caller.owner], expected)
+        with self._song_of(caller):
+            yield jobs
+
+    async def quote(self, caller: Caller, duration_s: float) -> Quote:
+        """What a song of this length would get now.
+
+        Raises:
+            LimitExceeded: no song may be so long.
+        """
+        limit_s = self._settings.max_duration_s
+        if duration_s > limit_s:
+            raise LimitExceeded(
+                f"The song is {duration_s:g} s long; at most {limit_s:g} s are taken.",
+                value=duration_s,
+                limit=limit_s,
+                remedy="Cut it first.",
+            )
+        load, started = await self.jobs.outlook()
+        return self._forecaster.quote(caller.owner, duration_s, load, started)
+
+    @contextmanager
+    def _song_of(self, caller: Caller) -> Iterator[None]:
+        self._songs[caller.owner] += 1
+        try:
+            yield
+        finally:
+            self._songs[caller.owner] -= 1
+            self._songs += Counter()  # forgets who has none
+
+
+async def _knows(jobs: Jobs, job_id: str, caller: Caller) -> bool:
+    try:
+        await jobs.get(job_id, caller.owner)
+    except NotFound:
+        return False
+    return True
+
+
+def _not_ready() -> RunnerUnavailable:
+    return RunnerUnavailable(
+        "The service is starting or stopping; it must be ready.",
+        value="not ready",
+        limit="ready",
+        remedy="Try again when GET /readyz answers 200.",
+    )
 
 
 @asynccontextmanager

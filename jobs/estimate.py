@@ -170,10 +170,15 @@ def _speed(count: int, gain: float) -> float:
 
 @dataclass(eq=False)
 class Run:
-    """A job that runs in this process: what was foretold and what is done, in seconds alone."""
+    """A job that runs in this process: what was foretold and what is done, in seconds alone.
+
+    `teaches`: whether it did all of the work: not if it went on from a checkpoint, or took
+    something from a cache, which may be known at its end only.
+    """
 
     foretold_s: float
     done_s: float = 0.0
+    teaches: bool = True
 
 
 class Estimator:
@@ -222,13 +227,11 @@ class Estimator:
         return foretell(left_s, waiting_s, max(slots, len(running)), self._model.gain)
 
     @contextmanager
-    def running(self, duration_s: float, teaches: bool = True) -> Iterator[Run]:
+    def running(self, duration_s: float) -> Iterator[Run]:
         """Note that a job runs within the block, and learn from it if it gets to its end.
 
         Args:
             duration_s: of its song.
-            teaches: whether it does all of the work: not if it goes on from a checkpoint, or takes
-                something from a cache.
         """
         self._pass_time()
         run = Run(self._model.alone.at(duration_s))
@@ -236,7 +239,7 @@ class Estimator:
         try:
             yield run
             self._pass_time()
-            if teaches:
+            if run.teaches:
                 self._ratios.append(run.done_s / run.foretold_s)
         finally:
             self._pass_time()

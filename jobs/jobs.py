@@ -191,17 +191,18 @@ class Jobs:
             )
         ]
 
-    async def stop(self, drain_s: float) -> None:
-        """Take nothing new, let what runs end within `drain_s`, and leave the rest to others.
-
-        What had not ended goes on from its last checkpoint where a composer is started next.
-        """
+    async def drain(self, limit_s: float) -> None:
+        """Begin nothing more, and wait until what runs has ended, for so long at most."""
         self._is_stopping = True
-        until_s = time.monotonic() + drain_s
+        until_s = time.monotonic() + limit_s
         while self._held and (left_s := until_s - time.monotonic()) > 0:
             self._left.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._left.wait(), left_s)
+
+    async def stop(self) -> None:
+        """Leave what has not ended to others, who go on from its last checkpoint."""
+        self._is_stopping = True
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)

@@ -88,11 +88,12 @@ class StageCache:
         self._writes: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(MAX_UNWRITTEN)
         self._eviction = asyncio.Lock()
-        self._unscanned_bytes = float("inf")
+        self._scanned_bytes = 0
+        self._unscanned_bytes = float("inf")  # so that the first write scans
 
-    def for_song(self, infer: TimedInfer) -> CachedInfer:
-        """`infer`, asked only for what is not in the store."""
-        return CachedInfer(self, infer)
+    def for_song(self, infer: TimedInfer) -> TimedInfer:
+        """`infer`, asked only for what is not in the store; itself where nothing is to be kept."""
+        return CachedInfer(self, infer) if self._max_bytes else infer
 
     def stage_of(self, model: str) -> Stage:
         """Which stage a model works in."""
@@ -119,16 +120,20 @@ class StageCache:
             found = await self._read(key, stage)
             outputs = found if found is not None else await infer(model, inputs)
             future.set_result(outputs)
-        finally:
+            if found is None:
+                await self._room.acquire()
+        except BaseException:
             future.cancel()  # no effect on one that is done; else the next one who waits computes
             del self._under_way[key]
+            raise
         WINDOWS.labels(stage, "miss" if found is None else "hit").inc()
-        if found is None:
-            await self._room.acquire()
-            write = asyncio.create_task(self._write(key, stage, outputs))
-            self._writes.add(write)
-            write.add_done_callback(self._writes.discard)
-        return outputs, found is not None
+        if found is not None:
+            del self._under_way[key]
+            return outputs, True
+        write = asyncio.create_task(self._write(key, stage, outputs))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        return outputs, False
 
     def _key(self, model: str, inputs: Tensors) -> str:
         if model not in self._model_ids:
@@ -163,6 +168,7 @@ class StageCache:
             content = await self._files.run(encode_entry, outputs)
             await self._files.run(self._files.write, _path(key), content)
             self._unscanned_bytes += len(content)
+            BYTES.set(self._scanned_bytes + self._unscanned_bytes)
             if self._unscanned_bytes > self._max_bytes / SCANS_PER_SIZE:
                 await self._evict()
         except StorageUnavailable as error:
@@ -170,6 +176,7 @@ class StageCache:
             _log.warning("The cache keeps nothing of %s: %s", stage, error)
             WINDOWS.labels(stage, "unwritten").inc()
         finally:
+            del self._under_way[key]  # until now it was answered from memory
             self._room.release()
 
     async def _evict(self) -> None:
@@ -187,6 +194,7 @@ class StageCache:
                     if size_bytes <= EVICT_TO * self._max_bytes:
                         break
                 await self._files.run(self._files.delete, doomed)
+            self._scanned_bytes = size_bytes
             BYTES.set(size_bytes)
 
 

@@ -88,7 +88,7 @@ class Workflows:
             "application_version": APPLICATION_VERSION,
             "serializer": DBOSPortableJSONSerializer(),
             "max_executor_threads": THREADS,
-            "log_level": "WARNING",
+            "log_level": "ERROR",
         }
         self._queue = f"composer-{holder}"
         self._steps = steps

@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -125,27 +125,41 @@ def encode(audio: Audio, form: Format) -> bytes:
 async def _decoder(path: Path, limits: Limits) -> AsyncIterator[Process]:
     """The decoder at work on `path`; however the block is left, the process is gone after it."""
     confined = {name: getattr(limits, name) for name in DecoderLimits.__dataclass_fields__}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",
-        "-m",
-        "remix.audio_decoder",
-        # Not resolved: an upload may be a file without a name, open as /proc/PID/fd/N.
-        str(path.absolute()),
-        json.dumps(confined),
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=PIPE,
-        limit=_BLOCK_BYTES,
-        # Nothing of this process's environment: secrets are none of the decoder's business.
-        # One thread each: a thread pool would take address space and start-up time.
-        env={"PYTHONPATH": str(_PACKAGE_ROOT), "OPENBLAS_NUM_THREADS": "1"},
-    )
+    with _deaf_to_sigterm():
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            "-m",
+            "remix.audio_decoder",
+            # Not resolved: an upload may be a file without a name, open as /proc/PID/fd/N.
+            str(path.absolute()),
+            json.dumps(confined),
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
+            limit=_BLOCK_BYTES,
+            # Nothing of this process's environment: secrets are none of the decoder's business.
+            # One thread each: a thread pool would take address space and start-up time.
+            env={"PYTHONPATH": str(_PACKAGE_ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        )
     try:
         yield process
     finally:
         # Shielded: a second cancellation must not leave a zombie.
         await asyncio.shield(asyncio.ensure_future(_end(process)))
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """What is started here keeps SIGTERM blocked: a process inherits the mask of its starter.
+
+    A service that is told to stop ends its decodes first, and BentoML tells its children as well.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 async def _end(process: Process) -> None:

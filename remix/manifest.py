@@ -24,6 +24,10 @@ RECEIPT = "installed.json"
 """In the models folder: what `make models` verified."""
 
 
+TORCHSCRIPT_SUFFIX = ".ts"
+"""Of files that the back end `torchscript` reads."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, Open Inference datatype (FP32, INT64, …) and shape of a tensor; -1 is free."""
@@ -68,6 +72,8 @@ class ModelEntry:
         max_batch: the largest batch worth making, by device: `cpu`, chosen on CPU cores, and
             `cuda`, a guess until somebody has measured it.
         files: what lies in the models folder.
+        backend: what runs it, by device: `onnx` (where nothing is said), `openvino` or
+            `torchscript` (runners/open_graph.py).
         origin: how `make models` gets the files; read by `export/install.py`.
         facts: everything else that the flow needs to know of it.
     """
@@ -82,6 +88,7 @@ class ModelEntry:
     sample_rate_hz: int
     max_batch: Mapping[str, int]
     files: tuple[ModelFile, ...]
+    backend: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,6 +102,20 @@ class ModelEntry:
             if file.path.endswith(name):
                 return file
         raise InvalidModel(f"Model {self.name} has no file {name} in the manifest.")
+
+    def graph_file(self, backend: str) -> ModelFile:
+        """The file that a back end reads: a TorchScript archive, or the first of the others.
+
+        Raises:
+            InvalidModel: there is none.
+        """
+        for file in self.files:
+            if file.path.endswith(TORCHSCRIPT_SUFFIX) == (backend == "torchscript"):
+                return file
+        raise InvalidModel(
+            f"Model {self.name} has no file for the backend {backend}: export it with "
+            f"`philharmonics export {self.name} --to {backend}`."
+        )
 
     def verified_path(self, models_dir: Path, file: ModelFile) -> Path:
         """Where the file lies, after its checksum was seen to be right.

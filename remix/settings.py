@@ -40,6 +40,8 @@ class Settings:
             (`PHILHARMONICS_MAX_QUEUE_ROWS`).
         runner_patience_s: how long a call waits for a runner that is away, such as one that is
             being started again, before it fails (`PHILHARMONICS_RUNNER_PATIENCE_S`).
+        window_s: how long the answer to a window may take, beside what a full queue before it would
+            (`PHILHARMONICS_WINDOW_S`); then it is asked for once again, and then it fails.
         drain_s: how long requests may still take when the service is told to stop
             (`PHILHARMONICS_DRAIN_S`).
         max_remixes: whole songs at once in one composer (`PHILHARMONICS_MAX_REMIXES`), in requests
@@ -74,6 +76,7 @@ class Settings:
     threads: int = 1
     max_queue_rows: int = 256
     runner_patience_s: float = 120.0
+    window_s: float = 60.0
     drain_s: float = 30.0
     max_remixes: int = 2
     max_upload_bytes: int = 200_000_000
@@ -151,6 +154,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         threads=int(number("THREADS", max(1, len(os.sched_getaffinity(0)) // 2), 1)),
         max_queue_rows=int(number("MAX_QUEUE_ROWS", 256, 1)),
         runner_patience_s=number("RUNNER_PATIENCE_S", 120.0, 0),
+        window_s=number("WINDOW_S", 60.0, 0),
         drain_s=number("DRAIN_S", 30.0, 0),
         max_remixes=int(number("MAX_REMIXES", 2, 1)),
         max_upload_bytes=int(number("MAX_UPLOAD_BYTES", 200_000_000, 1)),

@@ -265,6 +265,35 @@ class CancelJobRequest(_message.Message):
     job_id: str
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
+class QuoteRequest(_message.Message):
+    __slots__ = ("duration_s",)
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    duration_s: float
+    def __init__(self, duration_s: _Optional[float] = ...) -> None: ...
+
+class QuoteResponse(_message.Message):
+    __slots__ = ("compute_s", "stages_s", "alone_s", "jobs_before", "start_in_s", "done_in_s")
+    class StagesSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    STAGES_S_FIELD_NUMBER: _ClassVar[int]
+    ALONE_S_FIELD_NUMBER: _ClassVar[int]
+    JOBS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    START_IN_S_FIELD_NUMBER: _ClassVar[int]
+    DONE_IN_S_FIELD_NUMBER: _ClassVar[int]
+    compute_s: float
+    stages_s: _containers.ScalarMap[str, float]
+    alone_s: float
+    jobs_before: int
+    start_in_s: float
+    done_in_s: float
+    def __init__(self, compute_s: _Optional[float] = ..., stages_s: _Optional[_Mapping[str, float]] = ..., alone_s: _Optional[float] = ..., jobs_before: _Optional[int] = ..., start_in_s: _Optional[float] = ..., done_in_s: _Optional[float] = ...) -> None: ...
+
 class WorkEvent(_message.Message):
     __slots__ = ("progress", "file", "chunk")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]

@@ -70,6 +70,11 @@ class RemixServiceStub:
                 request_serializer=remix__v1_dot_remix__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=remix__v1_dot_remix__pb2.Job.FromString,
                 _registered_method=True)
+        self.Quote = channel.unary_unary(
+                '/remix.v1.RemixService/Quote',
+                request_serializer=remix__v1_dot_remix__pb2.QuoteRequest.SerializeToString,
+                response_deserializer=remix__v1_dot_remix__pb2.QuoteResponse.FromString,
+                _registered_method=True)
         self.Remix = channel.stream_stream(
                 '/remix.v1.RemixService/Remix',
                 request_serializer=remix__v1_dot_remix__pb2.RemixRequest.SerializeToString,
@@ -159,6 +164,13 @@ class RemixServiceServicer:
 
     def CancelJob(self, request, context):
         """Ends a job. Its computing stops within one window of every model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Quote(self, request, context):
+        """What a song would cost, were it submitted now, and when it would be done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -260,6 +272,11 @@ def add_RemixServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=remix__v1_dot_remix__pb2.CancelJobRequest.FromString,
                     response_serializer=remix__v1_dot_remix__pb2.Job.SerializeToString,
+            ),
+            'Quote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quote,
+                    request_deserializer=remix__v1_dot_remix__pb2.QuoteRequest.FromString,
+                    response_serializer=remix__v1_dot_remix__pb2.QuoteResponse.SerializeToString,
             ),
             'Remix': grpc.stream_stream_rpc_method_handler(
                     servicer.Remix,
@@ -492,6 +509,33 @@ class RemixService:
             '/remix.v1.RemixService/CancelJob',
             remix__v1_dot_remix__pb2.CancelJobRequest.SerializeToString,
             remix__v1_dot_remix__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remix.v1.RemixService/Quote',
+            remix__v1_dot_remix__pb2.QuoteRequest.SerializeToString,
+            remix__v1_dot_remix__pb2.QuoteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,7 +18,7 @@ import bentoml
 
 from remix.settings import PREFIX, Settings, read_settings
 from remix.stages import Stage
-from runners.processes import be_first
+from runners.processes import be_first, keep_and_sweep
 
 RUNTIME_DIR = PREFIX + "RUNTIME_DIR"
 
@@ -27,8 +27,8 @@ def settings_with_runtime_dir() -> Settings:
     """This process's settings, with a folder for sockets that no other server uses.
 
     BentoML imports the service first in the process that starts the others: that one makes the
-    folder, names it in the environment that they inherit, and removes it when it ends. A server
-    that was killed leaves its folder, and its successor is not led astray by it.
+    folder, names it in the environment that they inherit, and removes it when it ends. The folder
+    that a killed one left is removed by the next.
     """
     if bentoml.server_context.worker_index is None:
         be_first()
@@ -37,8 +37,9 @@ def settings_with_runtime_dir() -> Settings:
             Path(parent).mkdir(parents=True, exist_ok=True, mode=0o700)
         # The path of a socket may have 107 characters: a short name where the folder is ours.
         prefix = "" if parent else "philharmonics-"
-        os.environ[RUNTIME_DIR] = tempfile.mkdtemp(prefix=prefix, dir=parent)
-        atexit.register(shutil.rmtree, os.environ[RUNTIME_DIR], ignore_errors=True)
+        os.environ[RUNTIME_DIR] = own = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        keep_and_sweep(Path(own), prefix)
     return read_settings()
 
 

@@ -5,7 +5,7 @@ Every graph works on samples and features as they come over the wire; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import bentoml
@@ -25,10 +25,8 @@ from remix.settings import Settings
 from remix.stages import Tensors
 from remix.vocal_frames import WINDOW_SAMPLES
 from runners.inference_protocol import ServedModel
-from runners.onnx_session import OnnxSession
+from runners.open_graph import Graph, open_graph
 from runners.runner import SERVICE, Runner
-
-Graph = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 
 class WindowModel(ServedModel):
@@ -96,7 +94,7 @@ KINDS: dict[str, type[WindowModel]] = {
 
 
 def served_models(
-    entries: list[ModelEntry], sessions: dict[str, OnnxSession], device: str
+    entries: list[ModelEntry], sessions: dict[str, Graph], device: str
 ) -> Iterator[ServedModel]:
     """The models of some manifest entries.
 
@@ -121,7 +119,7 @@ def served_models(
         yield KINDS[kind](entry, sessions[entry.name], device)
 
 
-def _check_content(entry: ModelEntry, sessions: dict[str, OnnxSession]) -> None:
+def _check_content(entry: ModelEntry, sessions: dict[str, Graph]) -> None:
     encoder = sessions.get(str(entry.facts["content_model"]))
     offered = encoder.facts.get("content") if encoder else None
     wanted = sessions[entry.name].facts.get("content")
@@ -143,5 +141,5 @@ class ConvertVoice(Runner):
         """See `Runner.load`."""
         entries = installed(read_manifest(), self.stage, settings.models_dir)
         entries.sort(key=lambda entry: entry.facts.get("kind") != "voice")  # the default: a voice
-        sessions = {entry.name: OnnxSession(entry, entry.files[0], settings) for entry in entries}
+        sessions = {entry.name: open_graph(entry, settings) for entry in entries}
         yield from served_models(entries, sessions, settings.device)

@@ -11,7 +11,7 @@ from remix.manifest import installed, read_manifest
 from remix.settings import Settings
 from runners.band_transformer import BandTransformer
 from runners.inference_protocol import ServedModel
-from runners.onnx_session import OnnxSession
+from runners.open_graph import open_graph
 from runners.runner import SERVICE, Runner
 
 
@@ -25,7 +25,7 @@ class GenerateNotes(Runner):
         """See `Runner.load`."""
         for entry in installed(read_manifest(), self.stage, settings.models_dir):
             # One token's work is too small to be shared: a second thread costs more than it does.
-            session = OnnxSession(entry, entry.files[0], replace(settings, threads=1))
+            session = open_graph(entry, replace(settings, threads=1))
             yield BandTransformer(
                 entry.name, session, session.facts, entry.max_batch[settings.device]
             )

@@ -8,6 +8,7 @@ the same), for as long as others are still being served.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from remix.errors import RemixError, RunnerUnavailable
 
 HEALTH = ("/livez", "/healthz", "/readyz", "/metrics")
 """Paths that answer to the end."""
+
+_log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5.0
 """For requests that are cut off: to answer that they are."""
@@ -71,7 +74,10 @@ class Ingress:
     async def _stop(self, number: int, server: Any) -> None:
         try:
             async with asyncio.timeout(self._limit_s):
-                await asyncio.gather(*(action() for action in self._actions))
+                ends = [action() for action in self._actions]
+                for end in await asyncio.gather(*ends, return_exceptions=True):
+                    if isinstance(end, Exception):
+                        _log.error("Something did not stop in order", exc_info=end)
                 while self.requests:
                     await asyncio.wait(self.requests)
         except TimeoutError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from remix.errors import InvalidModel
 from remix.manifest import ModelEntry, ModelFile, TensorSpec
 from remix.settings import Settings
 from remix.stages import Tensors
+from runners.open_graph import check_signature
 
 DATATYPES = {
     "tensor(float)": "FP32",
@@ -61,8 +61,8 @@ class OnnxSession:
         self.inputs = _specs(self._session.get_inputs())
         self.outputs = _specs(self._session.get_outputs())
         self.facts: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        _check_signature(path, "input", self.inputs, file.inputs)
-        _check_signature(path, "output", self.outputs, file.outputs)
+        check_signature(path, "input", self.inputs, file.inputs)
+        check_signature(path, "output", self.outputs, file.outputs)
         self._output_names = [spec.name for spec in self.outputs]
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -82,13 +82,3 @@ def _specs(arguments: list[Any]) -> tuple[TensorSpec, ...]:
         )
         for argument in arguments
     )
-
-
-def _check_signature(
-    path: Path, kind: str, found: tuple[TensorSpec, ...], expected: tuple[TensorSpec, ...]
-) -> None:
-    if set(found) != set(expected):
-        raise InvalidModel(
-            f"{path} has the {kind}s {sorted(map(str, found))}; the manifest says "
-            f"{sorted(map(str, expected))}: export the model again, or mend models.toml."
-        )

@@ -11,8 +11,10 @@ import asyncio
 import ctypes
 import fcntl
 import os
+import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +25,14 @@ FIRST = PREFIX + "FIRST_PROCESS"
 PR_SET_PDEATHSIG = 1
 """Source: prctl(2), Linux."""
 
+FIRST_FILE = "first"
+"""In the folder of sockets: the file that the first process has locked."""
+
 COMPOSERS = "composers"
-"""In the folder of sockets: the file that composers at work have locked."""
+"""And that composers at work have locked."""
+
+_held: list[BinaryIO] = []
+"""Locks are open files: these are open until the process ends."""
 
 POLL_S = 0.1
 
@@ -43,6 +51,24 @@ def end_with_first() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(FIRST, str(os.getppid())) != str(os.getppid()):  # it went before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def keep_and_sweep(folder: Path, prefix: str) -> None:
+    """Hold `folder` for as long as this process lives, and remove those that nobody holds.
+
+    Args:
+        folder: new, with a name that begins with `prefix`.
+        prefix: of the names of its kind, beside it.
+    """
+    new = folder / "new"
+    held = new.open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    new.rename(folder / FIRST_FILE)  # locked before anybody finds it
+    _held.append(held)
+    for other in folder.parent.glob(f"{prefix}*/{FIRST_FILE}"):
+        with suppress(OSError), other.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other.parent, ignore_errors=True)
 
 
 def enter(runtime_dir: Path) -> BinaryIO:

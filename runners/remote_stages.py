@@ -41,9 +41,6 @@ LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 PROBE_TIMEOUT_S = 2.0
 
-LEAST_WINDOW_S = 60.0
-"""The least that a window is given, for machines that are busy with something else."""
-
 FIRST_ROW_S = 4.0
 """What a window may take, as long as none has told: one of HTDemucs on one core."""
 
@@ -58,7 +55,8 @@ CLIENT_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # A network that is cut, or a process that is stopped, says nothing: it is noticed by this.
     ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # of other pings, behind which the one above waits
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -160,9 +158,9 @@ class Runners:
         return outputs
 
     def _window_s(self, model: str, rows: int) -> float:
-        """How long an answer may take: twice what a full queue before it costs, and a minute."""
+        """How long an answer may take: twice what a full queue before it costs, and some more."""
         row_s = self._row_s.get(model, FIRST_ROW_S)
-        return LEAST_WINDOW_S + 2 * row_s * (self._settings.max_queue_rows + rows)
+        return self._settings.window_s + 2 * row_s * (self._settings.max_queue_rows + rows)
 
     def _judge(
         self, stage: Stage, model: str, failure: grpc.aio.AioRpcError, timeout_s: float

@@ -7,7 +7,7 @@ in the graph, and as convolutions inside the graph they would be 110 billion ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import bentoml
@@ -22,10 +22,8 @@ from remix.settings import Settings
 from remix.stages import Tensors
 from remix.stft import Framing, istft, stft
 from runners.inference_protocol import ServedModel
-from runners.onnx_session import OnnxSession
+from runners.open_graph import Graph, open_graph
 from runners.runner import SERVICE, Runner
-
-Graph = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 FFT_SAMPLES = 4096
 HOP_SAMPLES = 1024
@@ -41,7 +39,7 @@ class SeparationModel(ServedModel):
 
     Args:
         entry: of the manifest.
-        graph: the ONNX graph.
+        graph: in whatever runtime the manifest names.
         device: whose batch limit holds.
     """
 
@@ -117,8 +115,7 @@ def served_model(entry: ModelEntry, settings: Settings) -> SeparationModel:
             f"models.toml: {entry.name} has the architecture {architecture!r}; this runner knows "
             f"{', '.join(ARCHITECTURES)}."
         )
-    session = OnnxSession(entry, entry.files[0], settings)
-    return ARCHITECTURES[architecture](entry, session, settings.device)
+    return ARCHITECTURES[architecture](entry, open_graph(entry, settings), settings.device)
 
 
 @bentoml.service(**SERVICE)

@@ -12,7 +12,7 @@ from remix.manifest import ModelEntry, installed, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
 from runners.inference_protocol import ServedModel
-from runners.onnx_session import OnnxSession
+from runners.open_graph import open_graph
 from runners.runner import SERVICE, Runner
 
 
@@ -20,7 +20,7 @@ class BasicPitch(ServedModel):
     """The graph as it is: its tensors are those of the manifest entry."""
 
     def __init__(self, entry: ModelEntry, settings: Settings) -> None:
-        self._session = OnnxSession(entry, entry.files[0], settings)
+        self._session = open_graph(entry, settings)
         self.name = entry.name
         self.inputs, self.outputs = self._session.inputs, self._session.outputs
         self.max_batch = entry.max_batch[settings.device]

@@ -1,21 +1,25 @@
 """Fakes, written by hand: what stands in for the models where a test is about something else.
 
-`python -m bentoml serve tests.fakes:FakeRemix` is the HTTP face over a fake composer.
+`python -m bentoml serve tests.fakes:FakeRemix` is the HTTP and gRPC face over a fake composer.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
 import bentoml
 import numpy as np
+from numpy.typing import NDArray
 
+from grpc_service import GrpcService
 from http_api.app import build_app
 from http_api.guard import Guard
 from jobs.database import Database, open_database
 from jobs.desk import Desk
+from jobs.jobs import Jobs
 from jobs.keys import KeyStore
 from remix.audio import Audio
 from remix.composer import Composer, NotesOnGrid, TimedInfer, read_notes
@@ -28,7 +32,8 @@ from remix.options import ConvertOptions, GenerateOptions, RemixOptions, Separat
 from remix.pipeline import Listen, NewBand, Remix, to_mixture
 from remix.report import MadeRemix
 from remix.settings import read_settings
-from remix.stages import Progress
+from remix.stages import Progress, Stage, Tensors
+from runners.remote_stages import StageTimes
 from tests.conftest import CRASH_SEED
 
 STEP_S = 0.1
@@ -57,6 +62,25 @@ class NoModels:
 def no_infer() -> TimedInfer:
     """The fake composer has no use for one."""
     raise AssertionError("The fake composer runs no model.")
+
+
+class CountingInfer:
+    """`remix.composer.TimedInfer` whose outputs follow from its inputs, and that is told of."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.times: dict[Stage, StageTimes] = defaultdict(StageTimes)
+        self.was_called = asyncio.Event()
+        self.gate = asyncio.Event()
+        """Shut, it holds up every call."""
+        self.gate.set()
+
+    async def __call__(self, model: str, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Twice the first input, once the gate is open."""
+        self.calls += 1
+        self.was_called.set()
+        await self.gate.wait()
+        return {"out": 2 * next(iter(inputs.values()))}
 
 
 class FakeComposer(Composer):
@@ -122,7 +146,7 @@ class FakeComposer(Composer):
 
 
 _settings = read_settings()
-_desk = Desk(max_remixes=2, asks_for_keys=_settings.keys == "on")
+_desk = Desk(_settings)
 
 
 @bentoml.service(
@@ -138,10 +162,22 @@ class FakeRemix:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def open(self) -> None:
         """Take requests."""
-        _desk.keys = KeyStore(Database(open_database(_settings.database_url)))
+        database = Database(open_database(_settings.database_url))
+        _desk.keys = KeyStore(database)
         if _desk.door.asks_for_keys:
             await _desk.door.open(_desk.keys.list)
-        _desk.open(FakeComposer(_settings, read_manifest(), no_infer))
+        composer = FakeComposer(_settings, read_manifest(), no_infer)
+        self._jobs = Jobs(_settings, composer, _desk.estimator, database)
+        await self._jobs.start()
+        _desk.open(composer, self._jobs)
+        self._grpc = GrpcService(_desk, _settings, lambda: True)
+        await self._grpc.start()
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def close(self) -> None:
+        """Let what runs over gRPC end."""
+        await self._grpc.drain()
+        await self._jobs.stop()
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.

@@ -129,7 +129,7 @@ def test_octaves_are_taken_from_the_caller_when_given() -> None:
 
 
 @VOICES
-@pytest.mark.parametrize("n_samples", [0, 1, 159, 44100, 44100 * 9 + 7, 44100 * 21])
+@pytest.mark.parametrize("n_samples", [0, 1, 159, 44100, 44100 * 9 + 7, 737_352, 44100 * 21])
 def test_length_is_that_of_the_vocal_at_any_length(n_samples: int, voice: Voice) -> None:
     vocal = tone(220.0, 22.0)[:, :n_samples]
     assert convert(vocal, SineSinger(voice=voice)).audio.samples.shape == (1, n_samples)

@@ -7,6 +7,7 @@ import json
 import grpc
 import pytest
 
+from grpc_api.statuses import KINDS, status_of
 from http_api.problems import PROBLEMS, problem
 from remix import errors
 from runners.inference_protocol import STATUS
@@ -23,6 +24,7 @@ LEAVES = leaves(errors.RemixError)
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_every_leaf_has_a_row_in_each_table(leaf: type[errors.RemixError]) -> None:
     assert leaf in PROBLEMS
+    assert leaf in KINDS
     assert isinstance(STATUS[leaf], grpc.StatusCode)
 
 
@@ -102,3 +104,28 @@ def test_excerpt_of_anything_goes_into_a_problem(value: object) -> None:
     body = bytes(problem(errors.InvalidOption("Wrong.", value=found)).body)
     assert json.loads(body)["value"] == found
     assert len(body) < 500
+
+
+def test_transports_have_the_same_word_for_each_error() -> None:
+    for error, kind in PROBLEMS.items():
+        assert KINDS[error].reason == kind.name.upper().replace("-", "_")
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_callers_may_come_again_over_grpc_where_they_may_over_http(
+    leaf: type[errors.RemixError],
+) -> None:
+    assert KINDS[leaf].retry_after_s == PROBLEMS[leaf].retry_after_s
+    details = {packed.TypeName() for packed in status_of(leaf("Wrong.")).details}
+    assert ("google.rpc.RetryInfo" in details) == (PROBLEMS[leaf].retry_after_s is not None)
+
+
+def test_status_of_an_unknown_error_does_not_tell_its_text() -> None:
+    assert "hunter2" not in str(status_of(RuntimeError("the password is hunter2")))
+
+
+def test_status_of_anything_fits_into_the_metadata_that_clients_take() -> None:
+    names = [f"voice-{number}" for number in range(10_000)]
+    error = errors.NotFound("There is no such voice; " * 500, value="x" * 10**5, limit=names)
+    # 8 KB in all (grpc.max_metadata_size), and the details travel as base64.
+    assert len(status_of(error).SerializeToString()) < 5_000

@@ -464,7 +464,14 @@ def test_bug_is_a_problem_that_tells_nothing(
 def test_openapi_describes_every_route(http: httpx.Client) -> None:
     described = http.get("/openapi.json").json()
     paths = described["paths"]
-    assert set(paths) == {*FORM_ROUTES, "/v1/voices", "/v1/models", "/v1/progress"}
+    jobs = ["", "/{job_id}", "/{job_id}/events", "/{job_id}/audio"]
+    others = ["voices", "models", "progress", "quote", "keys", "keys/{key_id}"]
+    assert set(paths) == {
+        *FORM_ROUTES,
+        *(f"/v1/jobs{path}" for path in jobs),
+        "/v1/jobs/{job_id}/artifacts/{name}",
+        *(f"/v1/{path}" for path in others),
+    }
     for path, part in FORM_ROUTES.items():
         operation = paths[path]["post"]
         (form,) = operation["requestBody"]["content"].values()

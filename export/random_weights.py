@@ -1,0 +1,40 @@
+"""seeded random numbers -> the weights of a network, to the bit the same on every machine."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+SCALES = ("weight_g", "original0")
+"""The lengths of a weight norm, whatever their shape."""
+
+
+def fill_at_random(network: nn.Module, seed: int = 20261124) -> None:
+    """Gives every parameter and statistic of a network a value of its own.
+
+    A layer keeps the scale of what it sees (variance 1 / fan-in), and no bias, norm or statistic
+    is neutral, so that nothing in the network is idle. Only products of uniform numbers are used:
+    logarithms and exponentials differ between machines in their last bit.
+    """
+    random = np.random.default_rng(seed)
+    for _, module in sorted(network.named_modules()):
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in sorted(tensors, key=lambda named: named[0]):
+            if tensor.is_floating_point():
+                values = _values(module, name, tuple(tensor.shape), random)
+                with torch.no_grad():
+                    tensor.copy_(torch.from_numpy(values))
+
+
+def _values(
+    module: nn.Module, name: str, shape: tuple[int, ...], random: np.random.Generator
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    noise = random.random(shape, np.float32) - np.float32(0.5)  # of variance 1 / 12
+    if isinstance(module, nn.Embedding):
+        return noise * np.sqrt(12).astype(np.float32)
+    if len(shape) > 1 and name not in SCALES:
+        return noise * np.sqrt(12 / np.prod(shape[1:])).astype(np.float32)
+    if name in ("bias", "beta", "running_mean"):
+        return np.float32(0.2) * noise
+    return np.float32(1.0) + np.float32(0.4) * noise

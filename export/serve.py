@@ -1,0 +1,56 @@
+"""manifest entry -> its model as the stage's runner calls it. No torch: what serves has none."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remix.audio import Audio
+from remix.manifest import ModelEntry
+from remix.separate_stems import Separator, join_chunks, separate_stems
+from remix.settings import Settings
+from remix.stages import Tensors
+from runners.open_graph import open_graph
+from runners.runner import Runner
+from runners.separate_stems import served_model
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class ServedCall:
+    """A model as the flow has it: a runner's model, and what `remix` does around it.
+
+    The runners of other stages than separation hand their inputs to the graph as they are (the
+    generator step by step): there the call is the graph's.
+
+    Args:
+        entry: of the manifest.
+        settings: where its file is, and where it runs.
+    """
+
+    def __init__(self, entry: ModelEntry, settings: Settings) -> None:
+        self._entry = entry
+        separates = entry.stage == "separate_stems"
+        self.model: Any = (served_model if separates else open_graph)(entry, settings)
+
+    def __call__(self, inputs: Tensors) -> Arrays:
+        """Compute a batch; of {"song": [1, 2, T]}, T free, the stems of the whole song."""
+        if "song" not in inputs:
+            return dict(self.model(inputs))
+        return {"stems": asyncio.run(self._separate(inputs["song"][0]))[None]}
+
+    async def _separate(self, song: NDArray[np.float32]) -> NDArray[np.float32]:
+        workers = asyncio.Semaphore(Runner.workers)  # as the runner computes
+
+        async def infer(model: str, inputs: Tensors) -> Arrays:
+            async with workers:
+                result: Arrays = await asyncio.to_thread(self.model, inputs)
+                return result
+
+        separator = Separator.of(self._entry)
+        mixture = Audio(song, self._entry.sample_rate_hz)
+        stems = await join_chunks(separate_stems(mixture, separator, infer))
+        return np.stack([stems[name] for name in separator.stems])

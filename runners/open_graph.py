@@ -1,0 +1,72 @@
+"""manifest entry -> its graph, ready to run, in the runtime that the manifest names for the device.
+
+`backend = { cpu = "openvino", cuda = "torchscript" }` in a manifest entry; a device that is not
+named there runs ONNX Runtime. Each runtime is imported only where it is chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from remix.errors import InvalidModel
+from remix.manifest import ModelEntry, TensorSpec
+from remix.settings import Settings
+from remix.stages import Tensors
+
+
+class Graph(Protocol):
+    """Named arrays in, named arrays out. Safe to call from several threads at once."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    facts: dict[str, str]
+    """What the file itself says of the model: the metadata that its exporter wrote."""
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the graph."""
+        ...
+
+
+def open_graph(entry: ModelEntry, settings: Settings) -> Graph:
+    """The verified graph of a manifest entry.
+
+    Raises:
+        InvalidModel: its checksum or its signature is not the manifest's, or the device or the
+            back end cannot be used.
+    """
+    backend = entry.backend.get(settings.device, "onnx")
+    file = entry.graph_file(backend)
+    match backend:
+        case "onnx":
+            from runners.onnx_session import OnnxSession
+
+            return OnnxSession(entry, file, settings)
+        case "openvino":
+            from runners.openvino_session import OpenVinoSession
+
+            return OpenVinoSession(entry, file, settings)
+        case "torchscript":
+            from runners.torchscript_session import TorchScriptSession
+
+            return TorchScriptSession(entry, file, settings)
+    raise InvalidModel(
+        f"models.toml: {entry.name} has the backend {backend!r} on {settings.device}; it must be "
+        "onnx, openvino or torchscript."
+    )
+
+
+def check_signature(
+    path: Any, kind: str, found: tuple[TensorSpec, ...], expected: tuple[TensorSpec, ...]
+) -> None:
+    """Refuse a graph that is not what the manifest says.
+
+    Raises:
+        InvalidModel: the tensors differ.
+    """
+    if set(found) != set(expected):
+        raise InvalidModel(
+            f"{path} has the {kind}s {sorted(map(str, found))}; the manifest says "
+            f"{sorted(map(str, expected))}: export the model again, or mend models.toml."
+        )
