@@ -35,7 +35,14 @@ from numpy.typing import NDArray
 from export.band_transformer import BandTransformer as TorchTransformer
 from export.band_transformer import ModelSize
 from remix.chords import estimate_chords, pitch_class_profiles
-from remix.generate_notes import NotesChunk, SongPlan, generate_notes, join_chunks, plan_song
+from remix.generate_notes import (
+    NotesChunk,
+    SongPlan,
+    generate_notes,
+    join_chunks,
+    one_plan,
+    plan_song,
+)
 from remix.manifest import MANIFEST_PATH, read_manifest
 from remix.note_tokens import (
     CHORD_QUALITIES,
@@ -192,7 +199,7 @@ def chord_agreements(writer: BandTransformer, songs: Sequence[Song], bars: int) 
         conditions = tuple(
             BarConditions((int(a), int(b)), 0, tracks) for a, b in song.chords[:bars].tolist()
         )
-        plan = SongPlan(Header(beats, song.header[1]), conditions, 0)
+        plan = SongPlan(Header(beats, song.header[1]), conditions, 0, bars)
         for bar in written_bars(writer, plan, grid, seed):
             for note in bar.notes:
                 if note.track != DRUMS:
@@ -251,7 +258,10 @@ def written_bars(writer: BandTransformer, plan: SongPlan, grid: BeatGrid, seed: 
 
     async def run() -> list[NotesChunk]:
         options = GenerateOptions(seed=seed)
-        return [chunk async for chunk in generate_notes(plan, grid, 1e9, MODEL, infer, options)]
+        return [
+            chunk
+            async for chunk in generate_notes(one_plan(plan), grid, 1e9, MODEL, infer, options)
+        ]
 
     asyncio.run(run())
     return bars
@@ -271,7 +281,7 @@ def speed(writer: BandTransformer) -> dict[str, float]:
         return outputs
 
     begin_s, begin_cpu_s = time.perf_counter(), _cpu_s()
-    asyncio.run(join_chunks(generate_notes(plan, grid, 180.0, MODEL, infer, options)))
+    asyncio.run(join_chunks(generate_notes(one_plan(plan), grid, 180.0, MODEL, infer, options)))
     wall_s, cpu_s = time.perf_counter() - begin_s, _cpu_s() - begin_cpu_s
     return {
         "bars": len(plan.bars),

@@ -36,7 +36,8 @@ from remix.audio import Audio
 from remix.audio_codec import decode, encode
 from remix.beats import find_beats
 from remix.convert_voice import Vocal, convert_voice
-from remix.generate_notes import generate_notes, plan_song
+from remix.convert_voice import join_chunks as join_vocal
+from remix.generate_notes import generate_notes, one_plan, plan_song
 from remix.generate_notes import join_chunks as join_notes
 from remix.manifest import read_manifest
 from remix.mix_tracks import MixParts, mix_tracks
@@ -89,14 +90,16 @@ async def one_after_the_other(
     with timed(spent, "separate_stems"):
         stems = await join_chunks(separate_stems(mixture, models.separator, infer, windows_ahead=1))
     with timed(spent, "convert_voice"):
-        voice = await convert_voice(
+        vocal = Vocal(length, mixture.sample_rate_hz)
+        sung = convert_voice(
             once(stems[VOCALS]),
-            Vocal(length, mixture.sample_rate_hz),
+            vocal,
             models.voice,
             infer,
             octaves=options.octaves,
             noise_seed=options.noise_seed,
         )
+        voice = await join_vocal(sung, vocal)
     with timed(spent, "transcribe_notes"):
         chunk = once(StemsChunk(0, stems))
         heard = await transcribe_stems(chunk, mixture.sample_rate_hz, models.transcriber, infer)
@@ -106,18 +109,12 @@ async def one_after_the_other(
     with timed(spent, "generate_notes"):
         plan = plan_song(heard, grid, duration_s, options)
         written = await join_notes(
-            generate_notes(plan, grid, duration_s, models.generator, infer, options)
+            generate_notes(one_plan(plan), grid, duration_s, models.generator, infer, options)
         )
     with timed(spent, "synthesize_audio"):
         played = await synthesize_tracks(written, length, models.synthesizer, infer)
     with timed(spent, "mix_tracks"):
-        parts = MixParts(
-            length_samples=length,
-            vocal=voice.audio.samples,
-            band=played,
-            original_vocal=stems[VOCALS],
-            original_accompaniment=mixture.samples - stems[VOCALS],
-        )
+        parts = MixParts(mixture.samples, stems[VOCALS], voice.audio.samples, played)
         audio, _ = mix_tracks(parts, options)
     with timed(spent, "encode"):
         return encode(audio, "wav16")

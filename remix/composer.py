@@ -15,8 +15,9 @@ from remix.audio import Audio, Samples
 from remix.audio_codec import Limits, decode
 from remix.beats import find_beats
 from remix.convert_voice import Vocal, convert_voice
+from remix.convert_voice import join_chunks as join_vocal
 from remix.errors import InvalidNotes, LimitExceeded
-from remix.generate_notes import HeardNotes, generate_notes, plan_song
+from remix.generate_notes import HeardNotes, generate_notes, one_plan, plan_song
 from remix.generate_notes import join_chunks as join_notes
 from remix.loudness import master
 from remix.manifest import Manifest, ModelEntry, installed
@@ -27,7 +28,7 @@ from remix.note_grid import end_of, find_grid, read_grid
 from remix.note_json import read_json
 from remix.notes import BeatGrid, Note, Tracks
 from remix.options import ConvertOptions, GenerateOptions, MixOptions, RemixOptions, SeparateOptions
-from remix.pipeline import remix_song, to_mixture
+from remix.pipeline import Listen, remix_song, to_mixture
 from remix.report import MadeRemix, StageTime
 from remix.separate_stems import StemsChunk, join_chunks, separate_stems
 from remix.settings import Settings
@@ -90,13 +91,19 @@ class Composer:
         self._infer_for_song = infer_for_song
         self._limits = Limits(duration_s=settings.max_duration_s)
 
-    async def remix(self, song: Path, options: RemixOptions, progress: Progress) -> MadeRemix:
-        """Song -> remix."""
+    async def remix(
+        self,
+        song: Path,
+        options: RemixOptions,
+        progress: Progress,
+        listen: Listen | None = None,
+    ) -> MadeRemix:
+        """Song -> remix, which `listen` is given stretch by stretch while it is made."""
         models, infer = self._models(options), self._infer_for_song()
         start_s = time.monotonic()
         audio = await self.decode(song, SAMPLE_RATE_HZ)
         decoded_s = time.monotonic()
-        made = await remix_song(audio, options, models, infer, progress)
+        made = await remix_song(audio, options, models, infer, progress, listen)
         return MadeRemix(
             remix=made,
             options=options,
@@ -145,7 +152,7 @@ class Composer:
         heard: HeardNotes = {role: track for role, track in given.tracks.items()}  # noqa: C416
         plan = await asyncio.to_thread(plan_song, heard, given.grid, given.duration_s, options)
         written = generate_notes(
-            plan,
+            one_plan(plan),
             given.grid,
             given.duration_s,
             models.generator,
@@ -163,16 +170,17 @@ class Composer:
         async def whole() -> AsyncIterator[Samples]:
             yield audio.samples
 
-        converted = await convert_voice(
+        vocal = Vocal(audio.samples.shape[-1], audio.sample_rate_hz)
+        converted = convert_voice(
             whole(),
-            Vocal(audio.samples.shape[-1], audio.sample_rate_hz),
+            vocal,
             models.voice,
             self._infer_for_song(),
             octaves=options.octaves,
             noise_seed=options.noise_seed,
             progress=progress,
         )
-        return converted.audio
+        return (await join_vocal(converted, vocal)).audio
 
     async def synthesize(self, notes: Path, progress: Progress) -> Audio:
         """Notes -> their sound, tracks as loud beside each other as they are written."""

@@ -8,8 +8,10 @@ real beats, so the new band speeds up and slows down with the old one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,7 @@ from remix.note_tokens import (
 from remix.notes import ROLES, BeatGrid, Note, Tracks
 from remix.options import GenerateOptions
 from remix.stages import Infer, Progress
+from remix.transcribe_notes import Section
 
 WINDOW_BARS = 4
 """Bars of one window: 340 tokens on average, about a third of a second on one core."""
@@ -80,6 +83,7 @@ class SongPlan:
         header: opens every history.
         bars: conditions of each bar, in order.
         first_beat: index of the first bar's first beat in the song's grid; may be negative.
+        count: how many bars the song has; `bars` are fewer while it is still being heard.
         prompt: token bars that the first window continues.
         warnings: what had to be assumed, in words for the report.
     """
@@ -87,8 +91,14 @@ class SongPlan:
     header: Header
     bars: tuple[BarConditions, ...]
     first_beat: int
+    count: int
     prompt: tuple[tuple[int, ...], ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every bar of the song is there."""
+        return len(self.bars) == self.count
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,9 @@ def plan_song(
     length_s: float,
     options: GenerateOptions,
     style: str = "any",
+    *,
+    known_to_s: float = inf,
+    before: SongPlan | None = None,
 ) -> SongPlan:
     """The song's bars, chords and densities, out of what was heard.
 
@@ -121,40 +134,60 @@ def plan_song(
         length_s: of the song.
         options: tracks and mode.
         style: one of `STYLES`.
+        known_to_s: until where it was heard; bars that are followed by less than a bar of it are
+            left for later.
+        before: the plan of what was heard earlier, whose bars stay as they are.
     """
     pitched = [note for name, notes in heard.items() if name != "drums" for note in notes]
     first_beat, count = _bars(grid, length_s)
     beats = grid.beats_per_bar
-    starts = first_beat + beats * np.arange(count + 1)
-    halves = np.sort(np.concatenate((starts, starts[:-1] + 2)))
-    profiles = pitch_class_profiles(pitched, _time_at(grid, halves))
-    warnings = []
-    heard_share = float(profiles.any(axis=1).mean())
-    if heard_share >= SMALLEST_SHARE:
-        chords = estimate_chords(profiles, grid.tonic, grid.mode)
-    else:
-        chords = _plain_chords(grid, count)
-        warnings.append(
-            f"Notes were heard in {heard_share:.0%} of the half bars, {SMALLEST_SHARE:.0%} are "
-            "needed: the chords are a plain progression in the song's key."
-        )
-    tracks = sum(1 << ROLES.index(role) for role in set(options.tracks))
-    densities = _densities(pitched, grid, starts)
-    bars = tuple(
-        BarConditions((int(first), int(second)), int(density), tracks)
-        for (first, second), density in zip(chords.reshape(-1, 2), densities, strict=True)
-    )
+    known = count
+    if known_to_s < length_s:
+        known = min(int((_beat_at(grid, known_to_s) - first_beat) // beats) - 1, count - 1)
+    done = before.bars if before else ()
+    bars = (*done, *_planned_bars(pitched, grid, first_beat, known, options)[len(done) :])
     prompt: tuple[tuple[int, ...], ...] = ()
+    warnings = []
     if options.mode == "continue":
         prompt = _prompt(heard, grid, first_beat, bars)
         if not prompt:
             warnings.append("No bar was heard well enough to continue from: the band starts anew.")
+    heard_share = _heard_share(_profiles(pitched, grid, first_beat, known))
+    if heard_share < SMALLEST_SHARE:
+        warnings.append(
+            f"Notes were heard in {heard_share:.0%} of the half bars, {SMALLEST_SHARE:.0%} are "
+            "needed: the chords are a plain progression in the song's key."
+        )
     header = Header(beats, tempo_class(grid.tempo_bpm), STYLES.index(style))
-    return SongPlan(header, bars, first_beat, prompt, tuple(warnings))
+    return SongPlan(header, bars, first_beat, count, prompt, tuple(warnings))
+
+
+async def plan_while_heard(
+    sections: AsyncIterator[Section], grid: BeatGrid, length_s: float, options: GenerateOptions
+) -> AsyncIterator[SongPlan]:
+    """A plan after every section that was heard, each with the bars of the last one and more.
+
+    Args:
+        sections: of the song's stems, in order.
+        grid: the song's beats and key.
+        length_s: of the song.
+        options: tracks and mode.
+    """
+    heard: dict[str, list[Note]] = {}
+    plan: SongPlan | None = None
+    async for section in sections:
+        for name, notes in section.notes.items():
+            heard.setdefault(name, []).extend(notes)
+        plan = await asyncio.to_thread(
+            plan_song, heard, grid, length_s, options, known_to_s=section.end_s, before=plan
+        )
+        yield plan
+    if plan is None or not plan.is_whole:
+        yield await asyncio.to_thread(plan_song, heard, grid, length_s, options, before=plan)
 
 
 async def generate_notes(
-    plan: SongPlan,
+    plans: AsyncIterator[SongPlan],
     grid: BeatGrid,
     length_s: float,
     model: str,
@@ -163,10 +196,10 @@ async def generate_notes(
     *,
     progress: Progress | None = None,
 ) -> AsyncIterator[NotesChunk]:
-    """Writes the plan's bars, giving out each window as soon as it is written.
+    """Writes a plan's bars, giving out each window as soon as it is written.
 
     Args:
-        plan: of `plan_song`.
+        plans: of `plan_while_heard`; or the one of `plan_song`, in which all bars are.
         grid: the song's beats.
         length_s: of the song; no note begins or lasts beyond it.
         model: name of the manifest entry.
@@ -177,27 +210,29 @@ async def generate_notes(
     Yields:
         Chunks in the song's order, without gaps.
     """
-    written = [list(bar) for bar in plan.prompt]
-    count = len(plan.bars)
-    for first in range(0, count, WINDOW_BARS):
-        conditions = plan.bars[first : first + WINDOW_BARS]
-        outputs = await infer(model, _window(plan.header, written, conditions, first, options))
-        tokens = outputs["tokens"][0]
-        bars = list(split_bars(tokens[tokens >= 0].tolist()))
-        written = (written + bars)[-32:]
-        tracks: Tracks = {ROLES[track]: [] for track in range(len(ROLES))}
-        for index, bar in enumerate(bars):
-            start_beat = plan.first_beat + (first + index) * grid.beats_per_bar
-            for role, note in _played(decode_bar(bar), grid, start_beat, length_s):
-                tracks[ROLES[role]].append(note)
-        last = min(first + WINDOW_BARS, count)
-        edges = plan.first_beat + grid.beats_per_bar * np.array([first, last])
-        start_s, end_s = np.clip(_time_at(grid, edges), 0.0, length_s).tolist()
-        if progress:
-            progress("generate_notes", last / count)
-        yield NotesChunk(
-            start_s, end_s, {role: sorted(notes) for role, notes in tracks.items() if notes}
-        )
+    written: list[list[int]] | None = None
+    first = 0
+    async for plan in plans:
+        if written is None:
+            if options.mode == "continue" and not plan.prompt and not plan.is_whole:
+                continue  # there is nothing yet to go on from
+            written = [list(bar) for bar in plan.prompt]
+        while first < len(plan.bars) and (plan.is_whole or first + WINDOW_BARS <= len(plan.bars)):
+            conditions = plan.bars[first : first + WINDOW_BARS]
+            outputs = await infer(model, _window(plan.header, written, conditions, first, options))
+            tokens = outputs["tokens"][0]
+            bars = list(split_bars(tokens[tokens >= 0].tolist()))
+            written = (written + bars)[-32:]
+            last = min(first + WINDOW_BARS, plan.count)
+            if progress:
+                progress("generate_notes", last / plan.count)
+            yield _played_window(bars, plan, first, last, grid, length_s)
+            first = last
+
+
+async def one_plan(plan: SongPlan) -> AsyncIterator[SongPlan]:
+    """A plan in which all bars are, as `generate_notes` takes it."""
+    yield plan
 
 
 async def join_chunks(chunks: AsyncIterator[NotesChunk]) -> Tracks:
@@ -207,6 +242,65 @@ async def join_chunks(chunks: AsyncIterator[NotesChunk]) -> Tracks:
         for role, notes in chunk.tracks.items():
             joined.setdefault(role, []).extend(notes)
     return {role: without_overlaps(joined[role]) for role in ROLES if role in joined}
+
+
+def _played_window(
+    bars: Sequence[list[int]],
+    plan: SongPlan,
+    first: int,
+    last: int,
+    grid: BeatGrid,
+    length_s: float,
+) -> NotesChunk:
+    """The notes of a window's bars, from bar `first` to bar `last`."""
+    tracks: Tracks = {ROLES[track]: [] for track in range(len(ROLES))}
+    for index, bar in enumerate(bars):
+        start_beat = plan.first_beat + (first + index) * grid.beats_per_bar
+        for role, note in _played(decode_bar(bar), grid, start_beat, length_s):
+            tracks[ROLES[role]].append(note)
+    edges = plan.first_beat + grid.beats_per_bar * np.array([first, last])
+    start_s, end_s = np.clip(_time_at(grid, edges), 0.0, length_s).tolist()
+    return NotesChunk(
+        start_s, end_s, {role: sorted(notes) for role, notes in tracks.items() if notes}
+    )
+
+
+def _planned_bars(
+    pitched: Sequence[Note],
+    grid: BeatGrid,
+    first_beat: int,
+    count: int,
+    options: GenerateOptions,
+) -> list[BarConditions]:
+    """Chords, density and tracks of the song's first `count` bars."""
+    if count <= 0:
+        return []
+    profiles = _profiles(pitched, grid, first_beat, count)
+    if _heard_share(profiles) >= SMALLEST_SHARE:
+        chords = estimate_chords(profiles, grid.tonic, grid.mode)
+    else:
+        chords = _plain_chords(grid, count)
+    tracks = sum(1 << ROLES.index(role) for role in set(options.tracks))
+    starts = first_beat + grid.beats_per_bar * np.arange(count + 1)
+    densities = _densities(pitched, grid, starts)
+    return [
+        BarConditions((int(first), int(second)), int(density), tracks)
+        for (first, second), density in zip(chords.reshape(-1, 2), densities, strict=True)
+    ]
+
+
+def _profiles(
+    pitched: Sequence[Note], grid: BeatGrid, first_beat: int, count: int
+) -> NDArray[np.float64]:
+    """[2 * count, 12]: what sounds in each half bar."""
+    starts = first_beat + grid.beats_per_bar * np.arange(max(count, 0) + 1)
+    halves = np.sort(np.concatenate((starts, starts[:-1] + 2)))
+    return pitch_class_profiles(pitched, _time_at(grid, halves))
+
+
+def _heard_share(profiles: NDArray[np.float64]) -> float:
+    """Of the half bars, those in which something sounds."""
+    return float(profiles.any(axis=1).mean()) if len(profiles) else 0.0
 
 
 def _window(

@@ -34,25 +34,29 @@ class PitchTrack:
         return PitchTrack(self.f0_hz * np.float32(2.0**octaves), self.voiced)
 
 
-def clean_pitch(f0_hz: Floats, confidence: Floats, level_db: Floats) -> PitchTrack:
+def loud_level_db(level_db: Floats) -> float:
+    """Level of a vocal's loud frames, beside which others are bleed: the 95th percentile."""
+    return float(np.percentile(level_db, 95)) if len(level_db) else GATE_FLOOR_DBFS
+
+
+def clean_pitch(f0_hz: Floats, confidence: Floats, level_db: Floats, loud_db: float) -> PitchTrack:
     """The track that a voice sings.
 
     Args:
         f0_hz: [N], the estimator's F0, any value where unvoiced.
         confidence: [N], in 0..1.
         level_db: [N], level of the frame in dBFS.
+        loud_db: of the vocal, `loud_level_db`.
     """
-    voiced = voiced_frames(confidence, level_db)
+    voiced = voiced_frames(confidence, level_db, loud_db)
     estimated = voiced & (f0_hz > 0)  # the estimator gives 0 where it is at a loss
     f0_hz = correct_octave_slips(f0_hz, estimated)
     return PitchTrack(interpolate_unvoiced(f0_hz, estimated), voiced)
 
 
-def voiced_frames(confidence: Floats, level_db: Floats) -> Mask:
+def voiced_frames(confidence: Floats, level_db: Floats, loud_db: float) -> Mask:
     """Frames that are periodic and loud enough to be the singer; no run or gap under 40 ms."""
-    if not len(level_db):
-        return np.zeros(0, np.bool_)
-    gate_db = max(float(np.percentile(level_db, 95)) - GATE_BELOW_LOUD_DB, GATE_FLOOR_DBFS)
+    gate_db = max(loud_db - GATE_BELOW_LOUD_DB, GATE_FLOOR_DBFS)
     voiced = (confidence >= MIN_CONFIDENCE) & (level_db >= gate_db)
     for state in (False, True):  # first fill short gaps, then drop short runs
         for start, stop in runs(voiced == state):

@@ -106,8 +106,8 @@ def _music(remix: Remix) -> dict[str, Any]:
         "mode": grid.mode,
         "notes_heard": {name: len(notes) for name, notes in remix.band.heard.items()},
         "notes_written": {name: len(notes) for name, notes in remix.band.written.items()},
-        "voice_octaves": remix.voice.octaves,
-        "vocal_voiced_share": round(remix.voice.voiced_share, 3),
+        "voice_octaves": remix.voice.melody.octaves,
+        "vocal_voiced_share": round(remix.voice.melody.voiced_share, 3),
     }
 
 

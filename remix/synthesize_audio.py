@@ -79,6 +79,21 @@ def program_of(role: Role) -> int:
     return DRUM_KIT if role == "drums" else PROGRAMS[role]
 
 
+@dataclass(frozen=True)
+class SoundChunk:
+    """A stretch of the band's sound, finished.
+
+    Args:
+        start_sample: where it begins in the song.
+        n_samples: t, its length.
+        tracks: [2, t] by role, of those that sound in it.
+    """
+
+    start_sample: int
+    n_samples: int
+    tracks: dict[Role, Samples]
+
+
 async def synthesize_audio(
     chunks: AsyncIterator[NotesChunk],
     length_samples: int,
@@ -86,7 +101,7 @@ async def synthesize_audio(
     infer: Infer,
     *,
     progress: Progress | None = None,
-) -> dict[Role, Samples]:
+) -> AsyncIterator[SoundChunk]:
     """Play tracks while they are being written.
 
     Args:
@@ -96,17 +111,31 @@ async def synthesize_audio(
         infer: runs it: {"notes": [B, N, 4], "program": [B, 1]} -> {"samples": [B, 2, T]}.
         progress: is told after every window.
 
-    Returns:
-        [2, length_samples] by role, for each role that has a note.
+    Yields:
+        A chunk for each window, in order; together they have the song's length.
     """
     song = _Song(length_samples, synthesizer, infer, progress)
+    writing = asyncio.create_task(song.write_all(chunks))
     try:
-        async for chunk in chunks:
-            song.write(chunk.tracks, chunk.end_s)
-        song.write({}, float("inf"))
-        return await song.stems()
+        while (window := await song.begun.get()) is not None:
+            sounds = await asyncio.gather(*window.sounds.values())
+            tracks = dict(zip(window.sounds, sounds, strict=True))
+            yield SoundChunk(window.start_sample, window.n_samples, tracks)
+        await writing
     finally:
-        await song.close()
+        await song.close(writing)
+
+
+async def join_chunks(
+    chunks: AsyncIterator[SoundChunk], length_samples: int
+) -> dict[Role, Samples]:
+    """Whole tracks, [2, length_samples] by role, for each role that sounds."""
+    joined: dict[Role, Samples] = {}
+    async for chunk in chunks:
+        for role, samples in chunk.tracks.items():
+            track = joined.setdefault(role, np.zeros((2, length_samples), np.float32))
+            track[:, chunk.start_sample : chunk.start_sample + chunk.n_samples] = samples
+    return {role: joined[role] for role in ROLES if role in joined}
 
 
 async def synthesize_tracks(
@@ -117,12 +146,22 @@ async def synthesize_tracks(
     *,
     progress: Progress | None = None,
 ) -> dict[Role, Samples]:
-    """Play tracks that are all there: see `synthesize_audio`."""
+    """Play tracks that are all there: [2, length_samples] by role, for each role that sounds."""
 
     async def whole() -> AsyncIterator[NotesChunk]:
         yield NotesChunk(0.0, length_samples / synthesizer.sample_rate_hz, tracks)
 
-    return await synthesize_audio(whole(), length_samples, synthesizer, infer, progress=progress)
+    played = synthesize_audio(whole(), length_samples, synthesizer, infer, progress=progress)
+    return await join_chunks(played, length_samples)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window whose notes are known; its tracks are being rendered."""
+
+    start_sample: int
+    n_samples: int
+    sounds: Mapping[Role, asyncio.Task[Samples]]
 
 
 class _Song:
@@ -140,59 +179,67 @@ class _Song:
         self._infer = infer
         self._progress = progress
         self._notes: dict[Role, list[Note]] = {}
-        self._stems: dict[Role, Samples] = {}
-        self._begun = self._done = 0
+        self._done = 0
         self._count = -(-length_samples // synthesizer.window_samples)
         self._room = asyncio.Semaphore(WINDOWS_AT_ONCE)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._windows: list[_Window] = []
+        self._n_sounds = 0
+        self.begun: asyncio.Queue[_Window | None] = asyncio.Queue()
+        """The windows in order, then None."""
 
-    def write(self, tracks: Tracks, known_to_s: float) -> None:
+    async def write_all(self, chunks: AsyncIterator[NotesChunk]) -> None:
+        """Take notes as they come, and begin every window."""
+        try:
+            async for chunk in chunks:
+                self._write(chunk.tracks, chunk.end_s)
+            self._write({}, float("inf"))
+        finally:
+            self.begun.put_nowait(None)
+
+    def _write(self, tracks: Tracks, known_to_s: float) -> None:
         """Take notes, and begin the windows in which, with them, everything is known."""
         for role, notes in tracks.items():
             if notes:
                 self._notes[role] = without_overlaps(self._notes.get(role, []) + notes)
-                self._stems.setdefault(role, np.zeros((2, self._length_samples), np.float32))
         window_s = self._synthesizer.window_samples / self._synthesizer.sample_rate_hz
-        while self._begun < self._count and (
-            (self._begun + 1) * window_s <= known_to_s or known_to_s == float("inf")
-        ):
-            for role in self._notes:
-                self._begin(role, self._begun)
-            self._begun += 1
+        while (index := len(self._windows)) < self._count and (index + 1) * window_s <= known_to_s:
+            window = self._begin(index)
+            self._windows.append(window)
+            self._n_sounds += len(window.sounds)
+            self.begun.put_nowait(window)
 
-    async def stems(self) -> dict[Role, Samples]:
-        """All of them, when the last window is done."""
-        await asyncio.gather(*self._tasks)
-        return {role: self._stems[role] for role in ROLES if role in self._stems}
-
-    async def close(self) -> None:
-        for task in self._tasks:
+    async def close(self, writing: asyncio.Task[None]) -> None:
+        tasks = [writing, *(task for window in self._windows for task in window.sounds.values())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _begin(self, role: Role, index: int) -> None:
+    def _begin(self, index: int) -> _Window:
         start = index * self._synthesizer.window_samples
-        rate_hz = self._synthesizer.sample_rate_hz
-        notes = notes_in_window(
-            self._notes[role],
-            start / rate_hz,
-            (start + self._synthesizer.window_samples) / rate_hz,
-            self._synthesizer.tail_s[role],
-        )
-        if len(notes):
-            self._tasks.append(asyncio.create_task(self._render(role, start, notes)))
+        n_samples = min(self._synthesizer.window_samples, self._length_samples - start)
+        rate_hz, sounds = self._synthesizer.sample_rate_hz, {}
+        for role, track in self._notes.items():
+            notes = notes_in_window(
+                track,
+                start / rate_hz,
+                (start + self._synthesizer.window_samples) / rate_hz,
+                self._synthesizer.tail_s[role],
+            )
+            if len(notes):
+                sounds[role] = asyncio.create_task(self._render(role, notes, n_samples))
+        return _Window(start, n_samples, sounds)
 
-    async def _render(self, role: Role, start: int, notes: NDArray[np.float32]) -> None:
+    async def _render(self, role: Role, notes: NDArray[np.float32], n_samples: int) -> Samples:
         inputs: Tensors = {NOTES: notes[None], PROGRAM: np.array([[program_of(role)]], np.int64)}
         async with self._room:
             outputs = await self._infer(self._synthesizer.name, inputs)
-        stretch = self._stems[role][:, start : start + self._synthesizer.window_samples]
-        stretch[:] = outputs[OUTPUT][0][:, : stretch.shape[1]]
         self._done += 1
         if self._progress:
             # Windows that are not begun yet count with as many tracks as there are now.
-            rest = (self._count - self._begun) * len(self._notes)
-            self._progress("synthesize_audio", self._done / (len(self._tasks) + rest))
+            rest = (self._count - len(self._windows)) * len(self._notes)
+            self._progress("synthesize_audio", self._done / (self._n_sounds + rest))
+        sound: Samples = outputs[OUTPUT][0][:, :n_samples]
+        return sound
 
 
 def notes_in_window(

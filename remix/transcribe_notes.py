@@ -7,8 +7,8 @@ Windows, padding and trimming are theirs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import floor
 
 import numpy as np
@@ -25,6 +25,7 @@ from remix.piano_roll import (
     WINDOW_SAMPLES,
     DecodingOptions,
     decode_notes,
+    frame_times_s,
     to_notes,
 )
 from remix.resample import StreamingResampler, to_mono
@@ -47,6 +48,29 @@ FRAMES_PER_SECOND = SAMPLE_RATE_HZ // FRAME_HOP_SAMPLES
 """86: what upstream counts with, of the 86.13 there are."""
 
 KEYS = 88
+
+
+ROLL_FRAMES = WINDOW_FRAMES - 2 * TRIMMED_FRAMES
+"""142: what is kept of a window."""
+
+SECTION_FRAMES = 4 * ROLL_FRAMES
+"""568, 6.6 s: what is decoded at once for those who do not wait for the whole."""
+
+SECTION_CONTEXT_FRAMES = ROLL_FRAMES
+"""1.6 s, before and after a section: notes reach into it, and are heard beyond."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What was heard in a stretch of a song, as far as that can be said before all is heard.
+
+    Args:
+        end_s: where it ends; it begins where the last one ended.
+        notes: that begin in it, sorted, by stem. One that lasts long may be cut.
+    """
+
+    end_s: float
+    notes: dict[str, list[Note]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,8 @@ async def transcribe_stems(
     transcriber: Transcriber,
     infer: Infer,
     options: DecodingOptions | None = None,
+    *,
+    on_section: Callable[[Section], None] | None = None,
 ) -> dict[str, list[Note]]:
     """Transcribe every pitched stem of a separation while it runs.
 
@@ -94,11 +120,13 @@ async def transcribe_stems(
         transcriber: the model, and how it wants to be fed.
         infer: runs it.
         options: thresholds of the decoding.
+        on_section: is told every section as soon as it is heard, in order.
 
     Returns:
         Sorted notes by stem, for all stems but drums and vocals.
     """
     streams: dict[str, StemTranscription] = {}
+    telling: asyncio.Task[None] | None = None
     try:
         async for chunk in chunks:
             for name, samples in chunk.stems.items():
@@ -106,10 +134,37 @@ async def transcribe_stems(
                     if name not in streams:
                         streams[name] = StemTranscription(sample_rate_hz, transcriber, infer)
                     await streams[name].push(samples)
-        return {name: await stream.finish(options) for name, stream in streams.items()}
+            if telling is None and on_section is not None:
+                telling = asyncio.create_task(_tell_sections(streams, options, on_section))
+        heard = {name: await stream.finish(options) for name, stream in streams.items()}
+        if telling is not None:
+            await telling
+        return heard
     finally:
         for stream in streams.values():
             stream.cancel()
+        if telling is not None:
+            telling.cancel()
+
+
+async def _tell_sections(
+    streams: Mapping[str, StemTranscription],
+    options: DecodingOptions | None,
+    on_section: Callable[[Section], None],
+) -> None:
+    """The sections of all stems side by side; all stems are equally long."""
+    readers = {name: stream.sections(options) for name, stream in streams.items()}
+    index = 0
+    while readers:
+        notes: dict[str, list[Note]] = {}
+        for name, reader in readers.items():
+            section = await anext(reader, None)
+            if section is None:
+                return
+            notes[name] = section
+        index += 1
+        end_s = float(frame_times_s(index * SECTION_FRAMES + 1)[-1])
+        on_section(Section(end_s, notes))
 
 
 class StemTranscription:
@@ -136,6 +191,7 @@ class StemTranscription:
         self._infer = infer
         self._free = asyncio.Semaphore(windows_ahead)
         self._windows: list[asyncio.Task[tuple[Samples, Samples]]] = []
+        self._sent: asyncio.Queue[asyncio.Task[tuple[Samples, Samples]] | None] = asyncio.Queue()
         self._waiting = np.zeros(LEAD_SAMPLES, np.float32)
         self._n_samples = 0
 
@@ -148,15 +204,36 @@ class StemTranscription:
         await self._take(self._resampler.flush())
         while self._waiting.size:  # upstream sends a window for every hop that begins in the song
             await self._send(np.pad(self._waiting, (0, WINDOW_SAMPLES))[:WINDOW_SAMPLES])
+        self._sent.put_nowait(None)
         rolls = await asyncio.gather(*self._windows)
-        # As a fraction first: upstream's product, rounding and all.
-        n_frames = floor(self._n_samples * (FRAMES_PER_SECOND / SAMPLE_RATE_HZ))
-        note, onset = (
-            np.concatenate(parts)[:n_frames] if parts else np.zeros((0, KEYS), np.float32)
-            for parts in ([roll[0] for roll in rolls], [roll[1] for roll in rolls])
-        )
+        note, onset = _joined(rolls, self._n_frames)
         heard = await asyncio.to_thread(decode_notes, note, onset, options)
         return to_notes(heard, len(note))
+
+    async def sections(self, options: DecodingOptions | None = None) -> AsyncIterator[list[Note]]:
+        """The notes that begin in each section; for one reader, while others push."""
+        rolls, index, is_last = [], 0, False
+        while not is_last:
+            window = await self._sent.get()
+            if window is None:
+                is_last, known = True, self._n_frames
+            else:
+                rolls.append(await window)
+                known = len(rolls) * ROLL_FRAMES
+            while (start := index * SECTION_FRAMES) < known and (
+                is_last or start + SECTION_FRAMES + SECTION_CONTEXT_FRAMES <= known
+            ):
+                first = max(start - SECTION_CONTEXT_FRAMES, 0)
+                around = slice(first // ROLL_FRAMES, (start + SECTION_FRAMES) // ROLL_FRAMES + 1)
+                roll = _joined(rolls[around], known - first)
+                yield await asyncio.to_thread(_decode_section, *roll, first, start, options)
+                index += 1
+
+    @property
+    def _n_frames(self) -> int:
+        """Frames of all that was pushed."""
+        # As a fraction first: upstream's product, rounding and all.
+        return floor(self._n_samples * (FRAMES_PER_SECOND / SAMPLE_RATE_HZ))
 
     def cancel(self) -> None:
         """Give up the windows in flight."""
@@ -172,6 +249,7 @@ class StemTranscription:
     async def _send(self, window: NDArray[np.float32]) -> None:
         await self._free.acquire()
         self._windows.append(asyncio.create_task(self._roll_of(window)))
+        self._sent.put_nowait(self._windows[-1])
         self._waiting = self._waiting[WINDOW_HOP_SAMPLES:]
 
     async def _roll_of(self, window: NDArray[np.float32]) -> tuple[Samples, Samples]:
@@ -189,3 +267,24 @@ class StemTranscription:
             return note, onset
         finally:
             self._free.release()
+
+
+def _joined(rolls: Sequence[tuple[Samples, Samples]], n_frames: int) -> tuple[Samples, Samples]:
+    """Posteriors of notes and onsets, [n_frames, 88] each, of windows that follow each other."""
+    if not rolls:
+        empty = np.zeros((0, KEYS), np.float32)
+        return empty, empty
+    note, onset = (np.concatenate(parts)[:n_frames] for parts in zip(*rolls, strict=True))
+    return note, onset
+
+
+def _decode_section(
+    note: Samples, onset: Samples, first: int, start: int, options: DecodingOptions | None
+) -> list[Note]:
+    """The notes that begin in the section from frame `start` on; the roll begins at `first`."""
+    heard = [
+        replace(found, onset_frame=found.onset_frame + first, end_frame=found.end_frame + first)
+        for found in decode_notes(note, onset, options)
+        if start <= found.onset_frame + first < start + SECTION_FRAMES
+    ]
+    return to_notes(heard, first + len(note) + 1)

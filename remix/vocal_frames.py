@@ -136,28 +136,47 @@ class Phrase:
     first: int
 
 
-def cut_phrases(level_db: Floats, voiced: Mask, window_frames: int) -> list[Phrase]:
-    """Cuts a vocal where it is quiet into phrases that fit into windows.
+def grow_level_db(
+    level_db: Floats, samples: Floats, n_frames: int, frame_samples: int = FRAME_SAMPLES
+) -> Floats:
+    """`frame_level_db` of a sound that grows: what is known stays, new frames are added.
+
+    Args:
+        level_db: [M], of the first frames.
+        samples: [T], all that there are; at least a frame more than `n_frames`, unless that is
+            where the sound ends.
+        n_frames: how many are wanted.
+        frame_samples: of a frame.
+
+    Returns:
+        [n_frames].
+    """
+    begin = max(len(level_db) - 1, 0)
+    end = n_frames + 1 if len(samples) >= (n_frames + 1) * frame_samples else n_frames
+    piece = cut_frames(samples, begin, max(end - begin, 0), frame_samples)
+    new = frame_level_db(piece, frame_samples)[len(level_db) - begin : n_frames - begin]
+    return np.append(level_db, new)
+
+
+def next_phrase(level_db: Floats, voiced: Mask, start: int, window_frames: int) -> Phrase:
+    """Cuts the next phrase of a vocal, where it is quiet.
 
     Args:
         level_db: [N].
         voiced: [N].
+        start: where the last phrase stopped.
         window_frames: of every window; a phrase has PHRASE_CONTEXT_FRAMES around it.
 
     Returns:
-        Phrases that follow each other without a gap, from frame 0 to frame N.
+        A phrase that fits into a window; it ends with the vocal if that fits.
     """
-    cost = level_db + VOICED_CUT_PENALTY_DB * voiced
     longest = window_frames - 2 * PHRASE_CONTEXT_FRAMES
-    phrases, start = [], 0
-    while start < len(cost):
-        stop = len(cost)
-        if stop - start > longest:
-            earliest = start + longest // 2
-            stop = earliest + int(np.argmin(cost[earliest : start + longest + 1]))
-        phrases.append(Phrase(start, stop, start - PHRASE_CONTEXT_FRAMES))
-        start = stop
-    return phrases
+    stop = len(level_db)
+    if stop - start > longest:
+        may_stop = slice(start + longest // 2, start + longest + 1)
+        cost = level_db[may_stop] + VOICED_CUT_PENALTY_DB * voiced[may_stop]
+        stop = may_stop.start + int(np.argmin(cost))
+    return Phrase(start, stop, start - PHRASE_CONTEXT_FRAMES)
 
 
 def cut_frames(array: Floats, first: int, n_frames: int, frame: int = 1) -> Floats:
@@ -179,38 +198,30 @@ def cut_frames(array: Floats, first: int, n_frames: int, frame: int = 1) -> Floa
     return window
 
 
-def join_phrases(
-    phrases: Sequence[Phrase],
-    windows: Sequence[Floats | None],
-    frame_samples: int = FRAME_SAMPLES,
-) -> Floats:
-    """Phrases crossfaded into one vocal; overlapping windows sing the same, so amplitudes add.
+def add_phrase(
+    vocal: Floats, phrase: Phrase, window: Floats | None, frame_samples: int = FRAME_SAMPLES
+) -> None:
+    """Add a phrase, faded at its cuts: overlapping windows sing the same, so amplitudes add.
 
     Args:
-        phrases: as cut_phrases made them.
-        windows: of each phrase, its window's samples; None is silence.
+        vocal: [T], T = N * frame_samples, of the whole vocal; is changed.
+        phrase: of `next_phrase`.
+        window: its samples; None is silence.
         frame_samples: of a frame.
-
-    Returns:
-        [T], T = N * frame_samples.
     """
-    n_samples = phrases[-1].stop * frame_samples if phrases else 0
-    vocal = np.zeros(n_samples, np.float32)
-    for phrase, window in zip(phrases, windows, strict=True):
-        if window is None:
-            continue
-        begin = max(phrase.start - FADE_FRAMES, 0) * frame_samples
-        end = min((phrase.stop + FADE_FRAMES) * frame_samples, n_samples)
-        piece = window[begin - phrase.first * frame_samples :][: end - begin].copy()
-        ramp = np.linspace(0.0, 1.0, 2 * FADE_FRAMES * frame_samples, dtype=np.float32)
-        if phrase.start > 0:
-            rising = ramp[-(phrase.start * frame_samples - begin) - len(ramp) // 2 :]
-            piece[: len(rising)] *= rising[: len(piece)]
-        if phrase.stop * frame_samples < n_samples:
-            falling = ramp[::-1][: len(ramp) // 2 + end - phrase.stop * frame_samples]
-            piece[-len(falling) :] *= falling[-len(piece) :]
-        vocal[begin:end] += piece
-    return vocal
+    if window is None:
+        return
+    begin = max(phrase.start - FADE_FRAMES, 0) * frame_samples
+    end = min((phrase.stop + FADE_FRAMES) * frame_samples, len(vocal))
+    piece = window[begin - phrase.first * frame_samples :][: end - begin].copy()
+    ramp = np.linspace(0.0, 1.0, 2 * FADE_FRAMES * frame_samples, dtype=np.float32)
+    if phrase.start > 0:
+        rising = ramp[-(phrase.start * frame_samples - begin) - len(ramp) // 2 :]
+        piece[: len(rising)] *= rising[: len(piece)]
+    if phrase.stop * frame_samples < len(vocal):
+        falling = ramp[::-1][: len(ramp) // 2 + end - phrase.stop * frame_samples]
+        piece[-len(falling) :] *= falling[-len(piece) :]
+    vocal[begin:end] += piece
 
 
 def follow_loudness(vocal: Floats, original: Floats, frame_samples: int = FRAME_SAMPLES) -> Floats:

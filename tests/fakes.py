@@ -23,13 +23,13 @@ from jobs.jobs import Jobs
 from jobs.keys import KeyStore
 from remix.audio import Audio
 from remix.composer import Composer, NotesOnGrid, TimedInfer, read_notes
-from remix.convert_voice import ConvertedVocal, Voice, voice_names
+from remix.convert_voice import ConvertedVocal, Melody, Voice, voice_names
 from remix.manifest import read_manifest
 from remix.mix_tracks import MixReport
 from remix.models import Models
 from remix.notes import BeatGrid, Note, Tracks
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
-from remix.pipeline import NewBand, Remix, to_mixture
+from remix.pipeline import Listen, NewBand, Remix, to_mixture
 from remix.report import MadeRemix
 from remix.settings import read_settings
 from remix.stages import Progress, Stage, Tensors
@@ -86,7 +86,13 @@ class CountingInfer:
 class FakeComposer(Composer):
     """Decodes as the real one does; whatever a model would do takes a second and does nothing."""
 
-    async def remix(self, song: Path, options: RemixOptions, progress: Progress) -> MadeRemix:
+    async def remix(
+        self,
+        song: Path,
+        options: RemixOptions,
+        progress: Progress,
+        listen: Listen | None = None,
+    ) -> MadeRemix:
         """The song itself, in every part."""
         if options.voice:
             # The models may not be installed here, the manifest's voices are always known.
@@ -99,13 +105,15 @@ class FakeComposer(Composer):
             await asyncio.sleep(STEP_S)
             progress("separate_stems", (step + 1) / steps)
         mixture = to_mixture(audio)
-        band = NewBand({"other": NOTES["piano"]}, GRID, NOTES, {}, ("Nobody plays: a fake.",))
+        if listen:
+            listen(mixture.samples)
+        band = NewBand({"other": NOTES["piano"]}, GRID, NOTES, ("Nobody plays: a fake.",))
         made = Remix(
             audio=mixture,
             song=mixture,
             stems={"vocals": mixture.samples},
             band=band,
-            voice=ConvertedVocal(mixture, 0, 0.0, 0.0),
+            voice=ConvertedVocal(mixture, Melody()),
             mix=MixReport(0.0, 0.0, None, None, None, None),
         )
         return MadeRemix(made, options, cast(Models, NoModels()), {}, 0.0, 1.0)

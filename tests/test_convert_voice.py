@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from remix.audio import Samples
 from remix.convert_voice import (
+    HARMONICS,
     ConvertedVocal,
+    Melody,
     Vocal,
     Voice,
     content_features,
     convert_voice,
     harmonic_phases,
+    join_chunks,
     track_in_frames,
 )
 from remix.errors import InvalidModel, NotFound, RunnerUnavailable
@@ -28,6 +31,7 @@ from remix.pitch import (
     clean_pitch,
     correct_octave_slips,
     interpolate_unvoiced,
+    loud_level_db,
     octaves_to_range,
     voiced_frames,
 )
@@ -35,13 +39,17 @@ from remix.vocal_frames import (
     FRAME_SAMPLES,
     SAMPLE_RATE_HZ,
     WINDOW_SAMPLES,
+    Floats,
+    Mask,
+    Phrase,
+    add_phrase,
     analysis_windows,
-    cut_phrases,
     expand_content,
     follow_loudness,
     frame_level_db,
-    join_phrases,
+    grow_level_db,
     join_windows,
+    next_phrase,
     repeat_content,
 )
 from runners.convert_voice import served_models
@@ -95,7 +103,8 @@ def convert(
             yield vocal[:, start : start + chunk]
 
     length = Vocal(vocal.shape[1], rate_hz)
-    return asyncio.run(convert_voice(chunks(), length, infer.voice, infer, **options))
+    sung = convert_voice(chunks(), length, infer.voice, infer, **options)
+    return asyncio.run(join_chunks(sung, length))
 
 
 def dominant_hz(samples: NDArray[np.float32], rate_hz: int) -> float:
@@ -107,7 +116,7 @@ def dominant_hz(samples: NDArray[np.float32], rate_hz: int) -> float:
 @pytest.mark.parametrize(("hz", "octaves"), [(220.0, 0), (440.0, -1), (110.0, 1), (1000.0, -2)])
 def test_pitch_follows_the_vocal_in_whole_octaves(hz: float, octaves: int, voice: Voice) -> None:
     sung = convert(tone(hz, 6.0), SineSinger(voice=voice))
-    assert sung.octaves == octaves
+    assert sung.melody.octaves == octaves
     middle = sung.audio.samples[0, 44100:-44100]
     cents = 1200 * np.log2(dominant_hz(middle, 44100) / (hz * 2.0**octaves))
     assert abs(cents) < 15  # 1 Hz at 110 Hz, which the fake estimator rounds to
@@ -115,7 +124,7 @@ def test_pitch_follows_the_vocal_in_whole_octaves(hz: float, octaves: int, voice
 
 def test_octaves_are_taken_from_the_caller_when_given() -> None:
     sung = convert(tone(220.0, 2.0), SineSinger(), octaves=1)
-    assert sung.octaves == 1
+    assert sung.melody.octaves == 1
     assert dominant_hz(sung.audio.samples[0], 44100) == pytest.approx(440.0, abs=5)
 
 
@@ -143,7 +152,8 @@ def test_windows_are_analysed_before_the_vocal_has_ended() -> None:
             seen_before_last.append(len(singer.calls))
             yield vocal[:, start : start + 44100]
 
-    asyncio.run(convert_voice(chunks(), Vocal(20 * 44100, 44100), VOICE, singer))
+    length = Vocal(20 * 44100, 44100)
+    asyncio.run(join_chunks(convert_voice(chunks(), length, VOICE, singer), length))
     assert seen_before_last[-1] >= 4  # two windows, two models each
 
 
@@ -161,7 +171,7 @@ def test_silent_vocal_runs_no_voice_model() -> None:
     sung = convert(np.zeros((2, 5 * 44100), np.float32), singer)
     assert not sung.audio.samples.any()
     assert "voice" not in singer.calls
-    assert (sung.octaves, sung.voiced_share, sung.median_hz) == (0, 0.0, 0.0)
+    assert sung.melody == Melody()
 
 
 def test_dynamics_of_the_original_are_kept_whatever_the_voice_does() -> None:
@@ -200,7 +210,8 @@ def test_failing_runner_ends_the_conversion_and_leaves_no_task() -> None:
             yield tone(220.0, 30.0)
 
         with pytest.raises(RunnerUnavailable):
-            await convert_voice(chunks(), Vocal(30 * 44100, 44100), VOICE, Failing())
+            length = Vocal(30 * 44100, 44100)
+            await join_chunks(convert_voice(chunks(), length, VOICE, Failing()), length)
         return len(asyncio.all_tasks()) - 1
 
     assert asyncio.run(run()) == 0
@@ -219,10 +230,27 @@ def test_windows_joined_are_the_whole() -> None:
     np.testing.assert_array_equal(join_windows(windows, len(samples)), samples)
 
 
+def cut_phrases(level_db: Floats, voiced: Mask) -> list[Phrase]:
+    phrases = [next_phrase(level_db, voiced, 0, 400)]
+    while phrases[-1].stop < len(level_db):
+        phrases.append(next_phrase(level_db, voiced, phrases[-1].stop, 400))
+    return phrases
+
+
+def test_level_of_a_growing_sound_is_that_of_the_whole() -> None:
+    samples = np.random.default_rng(0).standard_normal(FRAME_SAMPLES * 50).astype(np.float32)
+    samples *= np.linspace(0, 1, len(samples), dtype=np.float32)
+    grown = np.zeros(0, np.float32)
+    for n_frames in (0, 1, 2, 17, 49, 50):
+        known = samples[: (n_frames + 3) * FRAME_SAMPLES]
+        grown = grow_level_db(grown, known, n_frames)
+    np.testing.assert_allclose(grown, frame_level_db(samples), atol=1e-4)
+
+
 def test_phrases_cover_the_vocal_and_fit_their_windows() -> None:
     rng = np.random.default_rng(0)
     level_db = rng.uniform(-60, -10, 2345).astype(np.float32)
-    phrases = cut_phrases(level_db, level_db > -30, 400)
+    phrases = cut_phrases(level_db, level_db > -30)
     assert phrases[0].start == 0
     assert phrases[-1].stop == 2345
     assert all(a.stop == b.start for a, b in zip(phrases, phrases[1:], strict=False))
@@ -232,17 +260,20 @@ def test_phrases_cover_the_vocal_and_fit_their_windows() -> None:
 def test_phrases_are_cut_in_the_quietest_frame() -> None:
     level_db = np.full(500, -20.0, np.float32)
     level_db[300] = -50.0
-    assert cut_phrases(level_db, np.ones(500, np.bool_), 400)[0].stop == 300
+    assert next_phrase(level_db, np.ones(500, np.bool_), 0, 400).stop == 300
 
 
 def test_phrases_that_agree_are_joined_exactly() -> None:
-    phrases = cut_phrases(np.zeros(1000, np.float32), np.ones(1000, np.bool_), 400)
+    phrases = cut_phrases(np.zeros(1000, np.float32), np.ones(1000, np.bool_))
     vocal = np.random.default_rng(0).standard_normal(1000 * FRAME_SAMPLES).astype(np.float32)
     padded = np.pad(vocal, 500 * FRAME_SAMPLES)
     windows = [
         padded[(phrase.first + 500) * FRAME_SAMPLES :][: 400 * FRAME_SAMPLES] for phrase in phrases
     ]
-    np.testing.assert_allclose(join_phrases(phrases, windows), vocal, atol=1e-5)
+    joined = np.zeros_like(vocal)
+    for phrase, window in zip(phrases, windows, strict=True):
+        add_phrase(joined, phrase, window)
+    np.testing.assert_allclose(joined, vocal, atol=1e-5)
 
 
 def test_constant_content_stays_constant_when_expanded() -> None:
@@ -305,7 +336,7 @@ def test_sung_octave_leap_is_kept() -> None:
 def test_unvoiced_frames_are_interpolated_and_the_mask_is_kept() -> None:
     f0_hz = np.array([100.0] * 20 + [999.0] * 20 + [400.0] * 20, np.float32)
     confidence = np.array([1.0] * 20 + [0.0] * 20 + [1.0] * 20, np.float32)
-    track = clean_pitch(f0_hz, confidence, np.full(60, -20.0, np.float32))
+    track = clean_pitch(f0_hz, confidence, np.full(60, -20.0, np.float32), -20.0)
     assert track.voiced.tolist() == [True] * 20 + [False] * 20 + [True] * 20
     assert np.all(np.diff(track.f0_hz[19:41]) > 0)
     assert track.f0_hz[29] == pytest.approx(200.0, rel=0.05)  # half way in log frequency
@@ -313,7 +344,7 @@ def test_unvoiced_frames_are_interpolated_and_the_mask_is_kept() -> None:
 
 def test_bleed_far_below_the_singer_is_unvoiced() -> None:
     level_db = np.array([-15.0] * 50 + [-58.0] * 50, np.float32)
-    voiced = voiced_frames(np.ones(100, np.float32), level_db)
+    voiced = voiced_frames(np.ones(100, np.float32), level_db, loud_level_db(level_db))
     assert voiced[:50].all()
     assert not voiced[50:].any()
 
@@ -334,7 +365,7 @@ def test_fewest_octaves_bring_the_median_into_the_range(median_hz: float, octave
 
 def test_phase_of_the_fundamental_is_the_sum_of_its_steps() -> None:
     f0_hz = np.array([100.0, 250.0, 0.0, 100.0], np.float32)
-    phase = harmonic_phases(f0_hz, np.random.default_rng(0))
+    phase = harmonic_phases(f0_hz, np.zeros(HARMONICS))
     np.testing.assert_allclose(phase[:, 0], [0.0, 0.0, 0.5, 0.5], atol=1e-6)  # cycles of 10 ms
 
 

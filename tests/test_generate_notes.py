@@ -17,6 +17,7 @@ from remix.generate_notes import (
     WINDOW_BARS,
     generate_notes,
     join_chunks,
+    one_plan,
     plan_song,
 )
 from remix.manifest import MANIFEST_PATH, read_manifest
@@ -77,7 +78,7 @@ def written(
         return writer(inputs)
 
     plan = plan_song(heard or {}, grid, length_s, options)
-    chunks = generate_notes(plan, grid, length_s, MODEL, infer, options)
+    chunks = generate_notes(one_plan(plan), grid, length_s, MODEL, infer, options)
     return asyncio.run(join_chunks(chunks))
 
 

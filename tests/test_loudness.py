@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from scipy.signal import resample_poly
 
 from remix.audio import Audio, Samples
-from remix.loudness import _k_weighting, limit_true_peak, loudness_lufs, true_peak_db
+from remix.loudness import (
+    Limiter,
+    LoudnessMeter,
+    _k_weighting,
+    gated_lufs,
+    loudness_lufs,
+    true_peak_db,
+)
 
 RATE_HZ = 44_100
 
@@ -85,6 +92,15 @@ def test_true_peak_finds_the_one_peak_of_a_long_quiet_sound() -> None:
     assert 20 * np.log10(0.55) < true_peak_db(samples) < 20 * np.log10(0.7)
 
 
+def limit_true_peak(audio: Audio, ceiling_db: float, *cuts: int) -> Audio:
+    """Through a limiter, in the pieces between the cuts."""
+    limiter = Limiter(audio.sample_rate_hz, ceiling_db)
+    pieces = np.split(audio.samples, cuts, axis=1)
+    given = [limiter.push(piece) for piece in pieces[:-1]]
+    given.append(limiter.push(pieces[-1], is_last=True))
+    return Audio(np.concatenate(given, axis=1), audio.sample_rate_hz)
+
+
 def reference_peak_db(samples: Samples) -> float:
     """Oversampled 8 times by another implementation and a longer filter."""
     padded = np.pad(samples.astype(np.float64), ((0, 0), (100, 100)))
@@ -109,13 +125,39 @@ def test_limiter_holds_the_ceiling_whatever_comes(
         "steps": np.sign(np.sin(np.arange(length) * 0.03))[None] * np.ones((2, 1)),
     }
     audio = Audio((10 ** (gain_db / 20) * shapes[kind]).astype(np.float32), RATE_HZ)
-    limited = limit_true_peak(audio, -1.0)
+    cuts = sorted(rng.integers(0, length + 1, rng.integers(0, 4)).tolist())
+    limited = limit_true_peak(audio, -1.0, *cuts)
+    # However it arrives: the logarithms of the release are summed from another start.
+    whole = limit_true_peak(audio, -1.0)
+    assert np.abs(limited.samples - whole.samples).max() < 1e-6
     assert limited.samples.shape == audio.samples.shape
     assert limited.samples.dtype == np.float32
     assert true_peak_db(limited.samples) <= -1.0
     # Another filter, twice the rate: near the Nyquist frequency, where white noise and clicks
     # have their share, two interpolators differ by some tenths of a decibel.
     assert reference_peak_db(limited.samples) <= -0.8
+
+
+@given(cuts=st.lists(st.integers(0, 50_000), max_size=5).map(sorted), level=st.floats(1e-3, 1))
+@settings(max_examples=20, deadline=None)
+def test_meter_measures_the_same_however_the_sound_arrives(cuts: list[int], level: float) -> None:
+    noise = np.random.default_rng(0).standard_normal((2, 50_000)) * level
+    audio = Audio(noise.astype(np.float32), RATE_HZ)
+    meter = LoudnessMeter(RATE_HZ)
+    for piece in np.split(audio.samples, cuts, axis=1):
+        meter.push(piece)
+    assert gated_lufs(meter.powers) == pytest.approx(loudness_lufs(audio), abs=1e-9)
+
+
+def test_powers_of_unlike_sounds_add_up() -> None:
+    rng = np.random.default_rng(0)
+    sounds = [rng.standard_normal((2, 10 * RATE_HZ)).astype(np.float32) * 0.1 for _ in range(2)]
+    meters = [LoudnessMeter(RATE_HZ) for _ in sounds]
+    for meter, sound in zip(meters, sounds, strict=True):
+        meter.push(sound)
+    together = loudness_lufs(Audio(sounds[0] + sounds[1], RATE_HZ))
+    # Independent noise: the cross term of 10 s averages to a hundredth.
+    assert abs(gated_lufs(meters[0].powers + meters[1].powers) - together) < 0.05
 
 
 def test_limiter_leaves_alone_what_is_below() -> None:

@@ -19,14 +19,14 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 
 from remix.errors import InvalidModel
-from remix.generate_notes import generate_notes, plan_song
+from remix.generate_notes import generate_notes, one_plan, plan_song
 from remix.manifest import ModelFile, TensorSpec, installed, read_manifest
 from remix.notes import BeatGrid
 from remix.options import GenerateOptions
 from remix.settings import read_settings
 from remix.stages import STAGES, Stage, Tensors
-from runners.tensor_messages import NUMPY_DTYPES
 from runners.onnx_session import OnnxSession
+from runners.tensor_messages import NUMPY_DTYPES
 from tests.conftest import ROOT, ServerProcess, serving
 from tests.test_remix_service import short_song, song
 
@@ -112,7 +112,7 @@ def first_window() -> Mapping[str, NDArray[Any]]:
 
     async def draw() -> None:
         plan = plan_song({}, grid, 4.0, options)
-        async for _ in generate_notes(plan, grid, 4.0, "any", keep, options):
+        async for _ in generate_notes(one_plan(plan), grid, 4.0, "any", keep, options):
             pass
 
     asyncio.run(draw())

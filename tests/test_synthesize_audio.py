@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from remix.audio import Samples
 from remix.errors import InvalidModel, InvalidOption
 from remix.generate_notes import NotesChunk
 from remix.manifest import read_manifest
@@ -22,6 +23,7 @@ from remix.synthesize_audio import (
     OUTPUT,
     PROGRAM,
     Synthesizer,
+    join_chunks,
     program_of,
     synthesize_audio,
     synthesize_tracks,
@@ -151,9 +153,11 @@ def test_windows_begin_while_notes_are_still_being_written(player: SoundFontPlay
     def note_progress(stage: Stage, fraction: float) -> None:
         progress.append(fraction)
 
-    stems = asyncio.run(
-        synthesize_audio(chunks(), 4 * RATE_HZ, synthesizer, band, progress=note_progress)
-    )
+    async def played() -> dict[Role, Samples]:
+        sounds = synthesize_audio(chunks(), 4 * RATE_HZ, synthesizer, band, progress=note_progress)
+        return await join_chunks(sounds, 4 * RATE_HZ)
+
+    stems = asyncio.run(played())
     assert seen == [1, 2, 3, 4]
     assert stems["piano"].shape == (2, 4 * RATE_HZ)
     assert progress[-1] == 1

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from export.content_encoder import WhisperEncoder
 from remix.audio import Samples
-from remix.convert_voice import Vocal, Voice, convert_voice
+from remix.convert_voice import Vocal, Voice, convert_voice, join_chunks
 from remix.manifest import read_manifest
-from remix.pitch import clean_pitch
+from remix.pitch import clean_pitch, loud_level_db
 from remix.stages import Tensors
 from remix.vocal_frames import (
     FRAME_SAMPLES,
@@ -66,8 +66,8 @@ async def convert(samples: Floats, voice: Voice, models: LocalModels) -> tuple[F
         yield samples[None]
 
     vocal = Vocal(len(samples), SAMPLE_RATE_HZ)
-    result = await convert_voice(whole(), vocal, voice, models)
-    return result.audio.samples[0], result.octaves
+    result = await join_chunks(convert_voice(whole(), vocal, voice, models), vocal)
+    return result.audio.samples[0], result.melody.octaves
 
 
 async def pitch(samples: Floats, voice: Voice, models: LocalModels) -> tuple[Floats, Floats]:
@@ -81,7 +81,8 @@ async def pitch(samples: Floats, voice: Voice, models: LocalModels) -> tuple[Flo
         join_windows([window[name][0] for window in windows], n_frames)
         for name in ("f0_hz", "confidence")
     )
-    track = clean_pitch(f0_hz, confidence, frame_level_db(samples))
+    level_db = frame_level_db(samples)
+    track = clean_pitch(f0_hz, confidence, level_db, loud_level_db(level_db))
     return track.f0_hz, track.voiced.astype(np.float32)
 
 

@@ -17,7 +17,7 @@ from scipy.signal import fftconvolve, firwin2, resample_poly
 from export.content_encoder import WhisperEncoder, load_whisper_encoder
 from export.pitch_estimator import PitchEstimator, load_pitch_estimator
 from export.read_arrays import read_arrays
-from remix.pitch import clean_pitch
+from remix.pitch import clean_pitch, loud_level_db
 from remix.vocal_frames import (
     FRAME_SAMPLES,
     SAMPLE_RATE_HZ,
@@ -109,7 +109,8 @@ def _analyse(recordings: Sequence[Path], cache: Path, arrays: Path, copies: int)
     np.save(cache / "samples.npy", samples)
 
     f0_hz, confidence = _pitch(load_pitch_estimator(), samples)
-    track = clean_pitch(f0_hz, confidence, frame_level_db(samples))
+    level_db = frame_level_db(samples)
+    track = clean_pitch(f0_hz, confidence, level_db, loud_level_db(level_db))
     np.save(cache / "f0_hz.npy", track.f0_hz)
     np.save(cache / "voiced.npy", track.voiced)
 
