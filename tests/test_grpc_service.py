@@ -34,7 +34,7 @@ Code = grpc.StatusCode
 
 DEADLINE_S = 300.0
 
-OPTIONS = {"seed": 7, "noise_seed": 7}
+OPTIONS: dict[str, Any] = {"seed": 7, "noise_seed": 7}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 def demo() -> tuple[Any, int]:
     path = ROOT / ".cache/demo_song.mp3"
     write_demo_song(path, ROOT / ".cache/sources")
-    return soundfile.read(path)
+    samples, rate_hz = soundfile.read(path)
+    return samples, rate_hz
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_jobs_are_listed_by_pages(stub: Any, song: bytes, finished: Any) -> None
         ("CancelJob", m.CancelJobRequest(job_id="none"), "NOT_FOUND"),
         ("ListJobs", m.ListJobsRequest(page_token="none"), "INVALID_OPTION"),
         ("ListJobs", m.ListJobsRequest(page_size=-1), "INVALID_OPTION"),
-        ("ListJobs", m.ListJobsRequest(state=99), "INVALID_OPTION"),
+        ("ListJobs", m.ListJobsRequest(**{"state": 99}), "INVALID_OPTION"),
         ("Quote", m.QuoteRequest(), "INVALID_OPTION"),
         ("Quote", m.QuoteRequest(duration_s=601), "LIMIT_EXCEEDED"),
     ],
