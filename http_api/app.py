@@ -34,7 +34,7 @@ async def serve(
 ) -> Response:
     """One request, from its headers to its answer; nothing of it is left behind."""
     caller = caller_of(request)
-    with board.entry(request.headers.get("x-request-id")) as progress:
+    with board.entry(caller.owner, request.headers.get("x-request-id")) as progress:
         media_type = choose(request.headers.get("accept"), route.offers)
         async with AsyncExitStack() as stack:
             desk.check(route.stages)
@@ -130,13 +130,13 @@ def _add_progress(app: FastAPI, board: ProgressBoard) -> None:
             **problems(kind_of_status(400), NO_SUCH_REQUEST, kind_of_status(422)),
         },
     )
-    async def progress(request_id: str) -> StreamingResponse:
+    async def progress(request_id: str, request: Request) -> StreamingResponse:
         """Server-sent events of the request whose caller sent this `X-Request-Id`.
 
         It may be asked for shortly before the request itself arrives. Known are the requests of
         this process that run or have ended not long ago.
         """
-        entry = await board.watch(request_id)
+        entry = await board.watch(caller_of(request).owner, request_id)
         return StreamingResponse(
             entry.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )

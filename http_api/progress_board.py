@@ -82,13 +82,13 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         """An empty board."""
-        self._running: dict[str, Entry] = {}
-        self._ended: OrderedDict[str, Entry] = OrderedDict()
+        self._running: dict[tuple[str, str], Entry] = {}
+        self._ended: OrderedDict[tuple[str, str], Entry] = OrderedDict()
         self._arrival = asyncio.Event()
 
     @contextmanager
-    def entry(self, request_id: str | None) -> Iterator[Entry]:
-        """The entry of a request while it runs; nobody can watch one that has no id.
+    def entry(self, owner: str, request_id: str | None) -> Iterator[Entry]:
+        """The entry of an owner's request while it runs; nobody can watch one that has no id.
 
         Raises:
             Refusal: the id is malformed, or in use.
@@ -98,7 +98,8 @@ class ProgressBoard:
             yield entry
             return
         check_request_id(request_id)
-        if request_id in self._running:
+        name = owner, request_id
+        if name in self._running:
             raise Refusal(
                 409,
                 f"X-Request-Id {request_id} is that of a request that is still running. "
@@ -107,8 +108,8 @@ class ProgressBoard:
                 limit="1 request at once with an id",
                 remedy="Give each request its own X-Request-Id.",
             )
-        self._ended.pop(request_id, None)
-        self._running[request_id] = entry
+        self._ended.pop(name, None)
+        self._running[name] = entry
         self._arrival.set()
         self._arrival = asyncio.Event()
         outcome = "failed"
@@ -117,13 +118,13 @@ class ProgressBoard:
             outcome = "done"
         finally:
             entry.end(outcome)
-            del self._running[request_id]
-            self._ended[request_id] = entry
+            del self._running[name]
+            self._ended[name] = entry
             if len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
 
-    async def watch(self, request_id: str) -> Entry:
-        """The entry of a request that runs, has ended not long ago, or arrives very soon.
+    async def watch(self, owner: str, request_id: str) -> Entry:
+        """The entry of an owner's request that runs, has ended not long ago, or arrives very soon.
 
         Raises:
             Refusal: the id is malformed, or no such request came.
@@ -131,7 +132,7 @@ class ProgressBoard:
         check_request_id(request_id)
         try:
             async with asyncio.timeout(APPEAR_S):
-                while (found := self._find(request_id)) is None:
+                while (found := self._find((owner, request_id))) is None:
                     await self._arrival.wait()
             return found
         except TimeoutError:
@@ -146,8 +147,8 @@ class ProgressBoard:
             kind=NO_SUCH_REQUEST,
         )
 
-    def _find(self, request_id: str) -> Entry | None:
-        return self._running.get(request_id) or self._ended.get(request_id)
+    def _find(self, name: tuple[str, str]) -> Entry | None:
+        return self._running.get(name) or self._ended.get(name)
 
 
 def check_request_id(request_id: str) -> None:

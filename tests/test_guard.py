@@ -57,24 +57,26 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
         yield server
 
 
-@pytest.fixture(scope="module")
-def keys(guarded: ServerProcess) -> dict[str, str]:
-    """A key of each scope, and one of all; made beside the running server."""
-
-    async def make(store: KeyStore) -> dict[str, str]:
-        wanted: dict[str, tuple[Scope, ...]] = {scope: (scope,) for scope in SCOPES}
-        wanted["all"] = SCOPES
+async def keys_of(
+    server: ServerProcess, wanted: dict[str, tuple[Scope, ...]], jobs_at_once: int = 10**6
+) -> dict[str, str]:
+    """Keys by name, made beside the running server."""
+    database = Database(open_database(f"sqlite:///{server.temp_dir.parent / 'data/jobs.db'}"))
+    try:
+        store = KeyStore(database)
         return {
-            name: (await store.add(name, scopes, rate_per_minute=10**6))[0]
+            name: (await store.add(name, scopes, 10**6, jobs_at_once))[0]
             for name, scopes in wanted.items()
         }
-
-    folder = guarded.temp_dir.parent / "data"
-    database = Database(open_database(f"sqlite:///{folder / 'jobs.db'}"))
-    try:
-        return asyncio.run(make(KeyStore(database)))
     finally:
         database.close()
+
+
+@pytest.fixture(scope="module")
+def keys(guarded: ServerProcess) -> dict[str, str]:
+    """A key of each scope, and one of all."""
+    wanted: dict[str, tuple[Scope, ...]] = {scope: (scope,) for scope in SCOPES}
+    return asyncio.run(keys_of(guarded, wanted | {"all": SCOPES}))
 
 
 @pytest.fixture(scope="module")
