@@ -42,6 +42,9 @@ OPTIONS = [
 
 LOOPBACK = "127.0.0.1"
 
+LAST_WORDS_S = 1.0
+"""For those who watch health, to be told how it is; who else lingers is cut off."""
+
 HEALTH_S = 1.0
 """How often health is brought up to date."""
 
@@ -82,14 +85,14 @@ class GrpcService:
         # Callers are told to go elsewhere (GOAWAY), and new calls are refused, from now on.
         stopping = asyncio.create_task(self._server.stop(self._settings.drain_s))
         await self._inside.leave()
-        await self.stop()
+        await self.stop(LAST_WORDS_S)
         await stopping
 
-    async def stop(self) -> None:
-        """End whatever is still under way."""
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """End whatever is still under way after so long."""
         if self._telling is not None:
             self._telling.cancel()
-        await self._server.stop(None)
+        await self._server.stop(grace_s)
 
     async def _tell_health(self) -> None:
         while True:

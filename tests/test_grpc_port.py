@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from grpc_api.guard import NEEDS, SERVICE, Guard
 from grpc_service import GrpcService, check_port
 from jobs.database import Database, open_database
 from jobs.desk import Desk
 from jobs.door import Door
-from jobs.job import JobEvent
 from jobs.jobs import Jobs
 from jobs.keys import SCOPES, KeyStore
 from remix.manifest import read_manifest
@@ -54,6 +55,8 @@ class Port:
     """A running one.
 
     Args:
+        settings: of all of it.
+        database: of the keys and jobs.
         desk: behind it.
         service: under test.
         channel: to it.
@@ -62,6 +65,8 @@ class Port:
         readiness: what the service is told to be.
     """
 
+    settings: Settings
+    database: Database
     desk: Desk
     service: GrpcService
     channel: Any
@@ -84,11 +89,23 @@ async def port(folder: Path, **variables: str) -> AsyncIterator[Port]:
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{settings.grpc_port}") as channel:
             stub = protocol.RemixServiceStub(channel)
-            yield Port(desk, service, channel, stub, desk.keys, readiness)
+            yield Port(settings, database, desk, service, channel, stub, desk.keys, readiness)
     finally:
         await service.stop()
         await desk.door.close()
         database.close()
+
+
+@asynccontextmanager
+async def jobs_of(running: Port) -> AsyncIterator[None]:
+    """Real jobs behind the port, over the fake composer."""
+    jobs = Jobs(running.settings, running.desk.composer, running.desk.estimator, running.database)
+    await jobs.start()
+    running.desk.open(running.desk.composer, jobs)
+    try:
+        yield
+    finally:
+        await jobs.stop()
 
 
 def settings_of(folder: Path, **variables: str) -> Settings:
@@ -247,13 +264,17 @@ def test_stopping_service_sends_watchers_on(tmp_path: Path) -> None:
     """They would hold up its end for as long as a job takes, and can go on elsewhere."""
 
     async def scenario() -> None:
-        async with port(tmp_path) as running:
-            running.desk.open(running.desk.composer, cast(Jobs, QuietJobs()))
-            watch = running.stub.WatchJob(messages.WatchJobRequest(job_id="job"))
+        async with port(tmp_path) as running, jobs_of(running):
+            options = messages.RemixOptions(seed=SLOW_SEED)
+            head = messages.SubmitRemixHead(options=options, job_id="long")
+            await running.stub.SubmitRemix(upload(messages.SubmitRemixRequest, head, wav()))
+            watch = running.stub.WatchJob(messages.WatchJobRequest(job_id="long"))
             await watch.read()
-            await running.service.drain()
+            drained = asyncio.create_task(running.service.drain())
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await watch.read()
+                while await watch.read() is not grpc.aio.EOF:
+                    pass
+            await drained
             found = refusal_of(caught.value)
             assert (found.code, found.reason) == (Code.UNAVAILABLE, "RUNNER_UNAVAILABLE")
             assert found.details["RetryInfo"].retry_delay.seconds > 0
@@ -261,12 +282,23 @@ def test_stopping_service_sends_watchers_on(tmp_path: Path) -> None:
     run(scenario())
 
 
-class QuietJobs:
-    """One job, of which nothing is heard after its first event."""
+def test_caller_who_lingers_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with port(tmp_path) as running:
+            reflection = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+            lingering = reflection.ServerReflectionInfo()
+            await lingering.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            await lingering.read()
+            health = health_pb2_grpc.HealthStub(running.channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            while (await watch.read()).status != Status.SERVING:
+                pass
+            begin_s = time.monotonic()
+            await running.service.drain()
+            assert time.monotonic() - begin_s < 15.0  # and not all of the 30 s that it may take
+            assert (await watch.read()).status == Status.NOT_SERVING
 
-    async def events(self, job_id: str, owner: str, after_event: int) -> AsyncIterator[JobEvent]:
-        yield JobEvent(1, 0.0, state="running")
-        await asyncio.Event().wait()
+    run(scenario())
 
 
 def test_stop_ends_work_that_would_take_hours(tmp_path: Path) -> None:

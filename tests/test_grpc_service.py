@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import httpx
@@ -243,7 +243,7 @@ def test_jobs_are_listed_by_pages(stub: Any, song: bytes, finished: Any) -> None
         ("CancelJob", m.CancelJobRequest(job_id="none"), "NOT_FOUND"),
         ("ListJobs", m.ListJobsRequest(page_token="none"), "INVALID_OPTION"),
         ("ListJobs", m.ListJobsRequest(page_size=-1), "INVALID_OPTION"),
-        ("ListJobs", m.ListJobsRequest(**{"state": 99}), "INVALID_OPTION"),
+        ("ListJobs", m.ListJobsRequest(state=cast(Any, 99)), "INVALID_OPTION"),
         ("Quote", m.QuoteRequest(), "INVALID_OPTION"),
         ("Quote", m.QuoteRequest(duration_s=601), "LIMIT_EXCEEDED"),
     ],
