@@ -5,6 +5,7 @@ is inside is counted. Everything that waits is bounded:
 
     what waits                  its bound                                  beyond it
     jobs, in all composers      Settings.max_waiting_jobs                  429
+    jobs of a key that wait     the places that are left                   429
     jobs of a key               its jobs_at_once                           429
     requests of a key           its rate, a minute's at once               429
     songs in requests           Settings.max_remixes, none waits           429
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from jobs.door import Caller
+from jobs.door import ANYBODY, Caller
 from jobs.forecast import Forecast
 from remix.errors import QueueFull, RunnerUnavailable
 from remix.stages import Stage
@@ -106,21 +107,39 @@ def check_runners(needed: Sequence[Stage], away: Sequence[Stage]) -> None:
         )
 
 
-def check_room(expected: Forecast, max_waiting: int) -> None:
-    """Refuse a job where as many wait as may.
+def check_room(caller: Caller, expected: Forecast, max_waiting: int) -> None:
+    """Refuse a job where as many wait as may, or too many of one key.
+
+    A key may have a job more waiting while it has fewer than places are left: so one alone gets
+    half of the queue, the next one half of the rest, and whoever comes late finds room.
 
     Raises:
         QueueFull: it tells when the first of them will begin.
+
+    Source: A. K. Choudhury, E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet
+    switches", IEEE/ACM Transactions on Networking 6(2), 1998, with a factor of 1.
     """
     waiting = len(expected.waiting)
-    if waiting >= max_waiting:
-        raise QueueFull(
-            f"{waiting} jobs are waiting, and this service lets at most {max_waiting} wait.",
-            value=waiting,
-            limit=max_waiting,
-            remedy="Try again when Retry-After has passed.",
-            retry_after_s=max(LEAST_WAIT_S, expected.waiting[0][1].start_s),
+    free = max_waiting - waiting
+    own = sum(job.owner == caller.owner for job, _ in expected.waiting)
+    if free <= 0:
+        value, limit = waiting, max_waiting
+        message = f"{waiting} jobs are waiting, and this service lets at most {max_waiting} wait."
+    elif caller is not ANYBODY and own >= free:
+        value, limit = own, free
+        message = (
+            f"{own} jobs of this API key are waiting; it may have fewer than the {free} places "
+            f"that are left of {max_waiting}."
         )
+    else:
+        return
+    raise QueueFull(
+        message,
+        value=value,
+        limit=limit,
+        remedy="Try again when Retry-After has passed.",
+        retry_after_s=max(LEAST_WAIT_S, expected.waiting[0][1].start_s),
+    )
 
 
 def check_share(caller: Caller, in_requests: int, expected: Forecast) -> None:

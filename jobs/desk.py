@@ -157,7 +157,7 @@ class Desk:
         if job_id is None or not await _knows(jobs, job_id, caller):
             check_runners(STAGES, self._away())
             expected = self._forecaster.forecast(*await jobs.outlook())
-            check_room(expected, self._settings.max_waiting_jobs)
+            check_room(caller, expected, self._settings.max_waiting_jobs)
             check_share(caller, self._songs[caller.owner], expected)
         with self._song_of(caller):
             yield jobs
