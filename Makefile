@@ -57,6 +57,14 @@ bench: export-environment  ## the project's benchmarks; writes benchmarks/result
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
 
+.PHONY: export-check
+export-check: export-environment  ## every architecture at full size: exported, compared, perturbed
+	@.venv-dev/bin/python -m export.check
+
+.PHONY: bench-export
+bench-export: export-environment  ## what is served against the originals' own calls, in turn
+	@.venv-dev/bin/python -m benchmarks.export
+
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
 	rm -rf .venv .venv-dev .models .cache out build *.egg-info

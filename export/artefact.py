@@ -43,12 +43,14 @@ class Wanted:
         weights: `published`, `trained-here` or `random`.
         licence: of the weights.
         source: of the weights.
+        path: of the graph, in the models folder; `STAGE/NAME.onnx` where nothing is said.
     """
 
     name: str
     weights: Literal["published", "trained-here", "random"]
     licence: str = "not stated"
     source: str = "a checkpoint of the user's"
+    path: str = ""
 
 
 def write_artefact(
@@ -59,7 +61,7 @@ def write_artefact(
     Args:
         original: the model.
         wanted: how it is called.
-        models_dir: gets `STAGE/NAME.onnx` and, where asked for, `STAGE/NAME.ts`.
+        models_dir: gets the graph and, where asked for, an archive of the same name (`.ts`).
         formats: to write; the graph is always among them, its signature is what both have.
 
     Returns:
@@ -67,7 +69,7 @@ def write_artefact(
     """
     graph = original.onnx()
     add_facts(graph, {"model": wanted.name, "weights": wanted.weights})
-    path = Path(original.stage) / f"{wanted.name}.onnx"
+    path = Path(wanted.path or f"{original.stage}/{wanted.name}.onnx")
     write(graph.SerializeToString(deterministic=True), models_dir / path)
     signature = specs(list(graph.graph.input)), specs(list(graph.graph.output))
     files = [ModelFile(str(path), sha256_of(models_dir / path), *signature)]

@@ -139,6 +139,13 @@ def _seen(path: Path, sha256: str) -> dict[str, Any]:
     return {"sha256": sha256, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
+def note_installed(models_dir: Path, paths: list[str]) -> None:
+    """Enter files into the receipt that somebody else than `install` has made."""
+    with _only_one(models_dir), _receipt(models_dir) as receipt:
+        for path in paths:
+            receipt[path] = _seen(models_dir / path, sha256_of(models_dir / path))
+
+
 def _is_right(models_dir: Path, file: ModelFile, receipt: Receipt) -> bool:
     path = models_dir / file.path
     if not path.is_file():

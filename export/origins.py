@@ -14,7 +14,9 @@ or a table of recipes by file. `kind` says which:
                 exporter (which needs torch) makes the model of it, else the fetched file is it.
                 An empty `sha256`, where none could be pinned, takes the hub's word; the files'
                 own may then be empty too, and are recorded when they are first installed.
-    export      made by the stage's exporter alone (random weights, for measurements).
+                A bag has `files` instead of `file` and `sha256`: {name: sha256}, one a `.yaml`.
+    export      made by the exporter alone (random weights, for measurements).
+    checkpoint  its owner's: `philharmonics export NAME --checkpoint PATH` puts it there.
 """
 
 from __future__ import annotations
@@ -130,32 +132,61 @@ def _from_apt(
 def _from_hub(
     entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
 ) -> None:
-    hub_file = HubFile(recipe["repo"], recipe["revision"], recipe["file"], recipe["sha256"])
-    try:
-        fetched = fetch_from_hub(
-            hub_file,
-            places.hub_url,
-            places.sources_dir,
-            lambda n, total: watch(
-                f"{hub_file.file}, {n / 1e6:.0f} MB", 0.9 * n / total if total else -1
-            ),
-        )
-    except OSError as error:
-        raise LeftOut(f"the model hub did not give {hub_file.file} ({error})") from error
+    fetched = fetch_checkpoint(recipe, places, watch)
     watch("model", 0.9)
     if "graph" in recipe:
         _fill(places.repository / recipe["graph"], {"": fetched.read_bytes()}, made)
     elif "export" in recipe:
-        _run_exporter(entry, recipe["export"], made, places, ["--checkpoint", str(fetched)])
+        _run_exporter(entry, made, places, ["--checkpoint", str(fetched)])
     else:
         shutil.copyfile(fetched, made)
+
+
+def fetch_checkpoint(recipe: Recipe, places: Places, watch: Callable[..., None]) -> Path:
+    """What the hub has of a model: its file; or, of a bag, a folder with all its files.
+
+    Raises:
+        LeftOut: the hub does not give it.
+        InvalidModel: a file has another checksum.
+    """
+    wanted = recipe.get("files") or {recipe["file"]: recipe["sha256"]}
+    fetched: dict[str, Path] = {}
+    for index, (name, sha256) in enumerate(wanted.items()):
+        hub_file = HubFile(recipe["repo"], recipe["revision"], name, sha256)
+
+        def tell(n: int, total: int, index: int = index, name: str = name) -> None:
+            share = (index + n / total) / len(wanted) if total else -1
+            watch(f"{name}, {n / 1e6:.0f} MB", 0.9 * share if total else -1)
+
+        try:
+            fetched[name] = fetch_from_hub(hub_file, places.hub_url, places.sources_dir, tell)
+        except OSError as error:
+            raise LeftOut(f"the model hub did not give {name} ({error})") from error
+    if "files" not in recipe:
+        return next(iter(fetched.values()))
+    repository, revision = str(recipe["repo"]), str(recipe["revision"])
+    folder = places.sources_dir / repository.replace("/", "--") / revision
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in fetched.items():
+        link = folder / Path(name).name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
+    return folder
 
 
 def _from_exporter(
     entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
 ) -> None:
     watch("export", 0.1)
-    _run_exporter(entry, recipe.get("export", entry.stage), made, places, [])
+    _run_exporter(entry, made, places, [])
+
+
+def _from_its_owner(
+    entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
+) -> None:
+    raise LeftOut(
+        f"its checkpoint is its owner's: `philharmonics export {entry.name} --checkpoint PATH`"
+    )
 
 
 def _fill(graph_path: Path, sources: Mapping[str, bytes], made: Path) -> None:
@@ -172,10 +203,8 @@ def _fill(graph_path: Path, sources: Mapping[str, bytes], made: Path) -> None:
     fill(graph_path, arrays, made)
 
 
-def _run_exporter(
-    entry: ModelEntry, module: str, made: Path, places: Places, arguments: list[str]
-) -> None:
-    command = [sys.executable, "-m", f"export.{module}", "--model", entry.name, *arguments]
+def _run_exporter(entry: ModelEntry, made: Path, places: Places, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "export", entry.name, *arguments]
     done = subprocess.run(
         [*command, "--out", str(made)],
         cwd=places.repository,
@@ -202,7 +231,7 @@ def _hub_problem(hub_url: str) -> str:
     return ""
 
 
-OPTIONAL_KINDS = {"hub", "export"}
+OPTIONAL_KINDS = {"hub", "export", "checkpoint"}
 """Of models that a machine can do without."""
 
 MAKERS = {
@@ -211,4 +240,5 @@ MAKERS = {
     "apt": _from_apt,
     "hub": _from_hub,
     "export": _from_exporter,
+    "checkpoint": _from_its_owner,
 }

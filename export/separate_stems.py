@@ -170,21 +170,29 @@ class Demucs(Original):
         return {name: array_of[id(value)] for name, value in self.module.named_parameters()}
 
     def cases(self) -> Iterator[Case]:
-        """Windows of real music, a batch, silence, L = -R, and whole songs."""
+        """Windows of real music, a batch, silence, L = -R, whole songs; fewer of a slow bag."""
         window, windows = self.windows(1), self.windows(2)
+        if len(self.models) > 1:
+            windows[1, 1] = -windows[1, 0]
+            yield Case("music and L = -R, batch 2", {"mixture": windows})
+            yield Case("silence, one window", {"mixture": np.zeros_like(window)})
+            yield Case("a song of 3.3 s", {"song": self._song(3.3)})
+            return
         yield Case("music, one window", {"mixture": window})
         yield Case("music, one window, batch 2", {"mixture": windows})
         yield Case("silence, one window", {"mixture": np.zeros_like(window)})
         left = window[:, :1]
         yield Case("L = -R, one window", {"mixture": np.concatenate([left, -left], 1)})
-        music = song(SAMPLE_RATE_HZ)
         for seconds in (3.3, 10.9):
-            length = min(round(seconds * SAMPLE_RATE_HZ), music.shape[1])
-            yield Case(f"a song of {seconds:g} s", {"song": music[None, :, :length]})
+            yield Case(f"a song of {seconds:g} s", {"song": self._song(seconds)})
 
     def speed_inputs(self, batch: int) -> Tensors:
         """Windows."""
         return {"mixture": self.windows(batch)}
+
+    def _song(self, seconds: float) -> NDArray[np.float32]:
+        """[1, 2, T]: the first seconds of the demo song, which has 10.9."""
+        return song(SAMPLE_RATE_HZ)[None, :, : round(seconds * SAMPLE_RATE_HZ)]
 
     def windows(self, batch: int) -> NDArray[np.float32]:
         """[B, 2, T] of real music, each row from elsewhere in it, at deviation 1."""
@@ -232,7 +240,7 @@ def spleeter_graph() -> onnx.ModelProto:
         if tensor.is_floating_point():  # the exporter merges initializers that are equal
             tensor.uniform_(0.5, 1.5)
     inputs = {"magnitudes": torch.rand(1, 2, SPLEETER_FRAMES, N_BINS)}
-    shape = ["B", 2, SPLEETER_FRAMES, N_BINS]
+    shape: list[str | int] = ["B", 2, SPLEETER_FRAMES, N_BINS]
     complete = to_onnx(module, inputs, {"magnitudes": shape, "vocals_mask": shape})
     recipe = {
         tensor.name: {"array": tensor.name}

@@ -1,0 +1,293 @@
+"""artefact -> its report: how equal it is, how fast, and what was chosen by that."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from export.artefact import record, specs
+from export.compare import (
+    FP32,
+    REDUCED,
+    Bounds,
+    Difference,
+    differences,
+    initializers,
+    wrong_arrays,
+)
+from export.exporter import Original
+from export.serve import ServedCall
+from export.time_calls import Side, Timing, cores, time_in_turn
+from remix.errors import RemixError
+from remix.manifest import TORCHSCRIPT_SUFFIX, ModelEntry, ModelFile, sha256_of
+from remix.settings import Settings
+
+BATCHES = (1, 2, 4, 8)
+
+ENOUGH_S = 12.0
+"""Of calls of one side at one batch size: three rounds, or as many as fit, at least one."""
+
+WORTH = 0.95
+"""A larger batch is worth making if a row takes less than this of what it takes alone; and a
+variant is worth keeping if it takes less than this of what the graph in fp32 takes."""
+
+ORIGINAL = "torch eager"
+ONNX = "onnx"
+OPENVINO = "openvino"
+
+Watch = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the model.
+
+    Args:
+        name: of the back end, and the precision where it is not fp32.
+        entry: a manifest entry that runs it on the CPU.
+        bounds: of its difference from the original.
+    """
+
+    name: str
+    entry: ModelEntry
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an export has made.
+
+    Args:
+        original: of the checkpoint.
+        architecture: its name.
+        checkpoint: it was loaded from here.
+        entry: of the manifest.
+        models_dir: where its files are.
+    """
+
+    original: Original
+    architecture: str
+    checkpoint: Path
+    entry: ModelEntry
+    models_dir: Path
+
+
+def variants_of(made: Made, files: Mapping[str, Path]) -> list[Variant]:
+    """The graph in ONNX Runtime and in OpenVINO, the archive, and the files of other precisions."""
+    entry = made.entry
+    variants = [
+        Variant(ONNX, replace(entry, backend={"cpu": "onnx"}), FP32),
+        Variant(OPENVINO, replace(entry, backend={"cpu": "openvino"}), REDUCED),
+    ]
+    if any(file.path.endswith(TORCHSCRIPT_SUFFIX) for file in entry.files):
+        variants.append(
+            Variant("torchscript", replace(entry, backend={"cpu": "torchscript"}), FP32)
+        )
+    for precision, path in files.items():
+        variants.append(Variant(f"{ONNX} {precision}", with_file(made, path), REDUCED))
+    return variants
+
+
+def with_file(made: Made, path: Path) -> ModelEntry:
+    """The entry with another graph, in ONNX Runtime."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    file = ModelFile(
+        str(path.relative_to(made.models_dir)),
+        sha256_of(path),
+        specs(list(graph.input)),
+        specs(list(graph.output)),
+    )
+    return replace(made.entry, files=(file,), backend={"cpu": "onnx"})
+
+
+def report(made: Made, variants: list[Variant], folder: Path, watch: Watch) -> dict[str, Any]:
+    """Compare and time every variant.
+
+    Args:
+        made: what was exported.
+        variants: of it.
+        folder: for files that nobody keeps.
+        watch: is told what is done, and how far all of it is.
+    """
+    parity: dict[str, list[Difference]] = {}
+    problems: dict[str, str] = {}
+    for index, variant in enumerate(variants):
+        watch(f"comparing {variant.name}", 0.1 + 0.3 * index / len(variants))
+        try:
+            served = ServedCall(variant.entry, _settings(made, cores()))
+            parity[variant.name] = list(differences(made.original, served, made.original.cases()))
+        except RemixError as error:
+            problems[variant.name] = str(error)
+    graph = made.models_dir / made.entry.files[0].path
+    weights = made.original.weights()
+    wrong = wrong_arrays(weights, initializers(graph))
+    kept = [variant for variant in variants if variant.name in parity]
+    speed = measure(made, kept, folder, watch)
+    return {
+        "model": made.entry.name,
+        "architecture": made.architecture,
+        "weights": made.entry.weights,
+        "parameters": sum(array.size for array in weights.values()),
+        "machine": machine(),
+        "bytes": {
+            variant.name: (made.models_dir / variant.entry.graph_file(_backend(variant)).path)
+            .stat()
+            .st_size
+            for variant in variants
+        },
+        "parity": {
+            variant.name: {
+                "holds": not any(
+                    found.breaks(variant.bounds, found.output in made.original.waveforms)
+                    for found in parity[variant.name]
+                ),
+                "differences": [asdict(found) for found in parity[variant.name]],
+            }
+            for variant in kept
+        },
+        "arrays_that_differ_from_the_checkpoint": wrong,
+        "speed": speed,
+        "not_run": problems,
+        "peak_mb_of_comparing": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "chosen": choose(kept, parity, made.original, speed),
+    }
+
+
+def measure(
+    made: Made, variants: list[Variant], folder: Path, watch: Watch
+) -> dict[str, dict[str, Any]]:
+    """Times by batch size, then by side; all sides of a batch size in turn."""
+    speed: dict[str, dict[str, Any]] = {}
+    for index, batch in enumerate(BATCHES):
+        watch(f"timing batches of {batch}", 0.4 + 0.6 * index / len(BATCHES))
+        inputs = folder / f"inputs-{batch}.npz"
+        np.savez(inputs, allow_pickle=False, **dict(made.original.speed_inputs(batch)))
+        sides = [
+            Side(ORIGINAL, str(inputs), "", made.architecture, str(made.checkpoint), cores()),
+            *(
+                Side(
+                    variant.name,
+                    str(inputs),
+                    str(manifest_of(variant, folder)),
+                    made.entry.name,
+                    str(made.models_dir),
+                    cores(),
+                )
+                for variant in variants
+            ),
+        ]
+        timings = time_in_turn(sides, folder, rounds_for(speed, batch))
+        speed[str(batch)] = {name: asdict(timing) for name, timing in timings.items()}
+    return speed
+
+
+def rounds_for(speed: Mapping[str, Mapping[str, Any]], batch: int) -> int:
+    """As many rounds as make figures, fewer where a call of the slowest side takes long."""
+    if not speed:
+        return 3
+    slowest = max(timing["median_s"] for timing in speed["1"].values())
+    return max(1, min(3, int(ENOUGH_S / max(slowest * batch, 1e-3))))
+
+
+def manifest_of(variant: Variant, folder: Path) -> Path:
+    """A manifest with the variant alone, for the process that times it."""
+    path = folder / f"{variant.name.replace(' ', '-')}.toml"
+    if not path.is_file():
+        path.write_text("")
+        record(variant.entry, path)
+    return path
+
+
+def choose(
+    variants: list[Variant],
+    parity: Mapping[str, list[Difference]],
+    original: Original,
+    speed: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The fastest variant that holds its bounds, and the batch size that is worth making."""
+
+    def row_s(name: str, batch: int) -> float:
+        timing = Timing(**speed[str(batch)][name])
+        return float("inf") if timing.problem else timing.median_s / batch
+
+    holding = {
+        variant.name: variant
+        for variant in variants
+        if not any(f.breaks(variant.bounds, f.output in original.waveforms)
+                   for f in parity[variant.name])
+    }  # fmt: skip
+    # What would need torch in a serving image, or another file, is for people to choose.
+    servable = [name for name in holding if name in (ONNX, OPENVINO)]
+    best = min(servable, key=lambda name: row_s(name, 1), default=ONNX)
+    if ONNX in holding and row_s(best, 1) > WORTH * row_s(ONNX, 1):
+        best = ONNX
+    worth = 1
+    for batch in BATCHES[1:]:
+        if row_s(best, batch) < WORTH * row_s(best, worth):
+            worth = batch
+    return {
+        "device": "cpu",
+        "variant": best,
+        "max_batch": worth,
+        "times_as_fast_as_the_original": round(row_s(ORIGINAL, 1) / row_s(best, 1), 2),
+        "kept": sorted(
+            name for name in holding if name == ONNX or row_s(name, 1) < WORTH * row_s(ONNX, 1)
+        ),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures are from."""
+    packages = ("torch", "onnxruntime", "openvino", "numpy")
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """A report as tables: parity, then speed."""
+    parity = Table("variant", "case", "output", "largest", "relative", "SI-SDR dB", title="Parity")
+    for name, rows in found["parity"].items():
+        for row in rows["differences"]:
+            sound = "silent" if row["si_sdr_db"] is None else f"{row['si_sdr_db']:.1f}"
+            parity.add_row(
+                name, row["case"], row["output"], f"{row['largest_absolute']:.1e}",
+                f"{row['largest_relative']:.1e}", sound,
+            )  # fmt: skip
+    speed = Table("side", *(f"batch {batch}" for batch in found["speed"]), "peak MB", title="Speed")
+    sides = next(iter(found["speed"].values()))
+    for name in sides:
+        timings = [Timing(**batch[name]) for batch in found["speed"].values()]
+        cells = [timing.problem[:30] or f"{timing.median_s:.3f} s" for timing in timings]
+        speed.add_row(name, *cells, str(max(timing.peak_mb for timing in timings)))
+    return [parity, speed]
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _backend(variant: Variant) -> str:
+    return variant.entry.backend["cpu"]
+
+
+def _settings(made: Made, threads: int) -> Settings:
+    return Settings(made.models_dir, made.models_dir, threads=threads)
