@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
 
-from grpc_api.statuses import refuse
+from grpc_api.statuses import kind_of, refuse
 from remix.errors import RunnerUnavailable
 
 Answer = TypeVar("Answer")
 Call = Callable[[Any, Any, Any], Awaitable[Answer]]
 """A servicer's method: (self, request or requests, context) -> answer."""
+
+_log = logging.getLogger(__name__)
 
 
 class Inside:
@@ -46,7 +49,7 @@ def answering(call: Call[Answer]) -> Call[Answer]:
         task = _current_task()
         self.inside.requests.add(task)
         try:
-            return await _refusing(call(self, request, context), context)
+            return await _refusing(call.__name__, call(self, request, context), context)
         finally:
             self.inside.requests.discard(task)
 
@@ -78,17 +81,19 @@ def watching(call: Call[None]) -> Call[None]:
             finally:
                 self.inside.watchers.discard(task)
 
-        await _refusing(watch(), context)
+        await _refusing(call.__name__, watch(), context)
 
     return answer
 
 
-async def _refusing(call: Awaitable[Answer], context: Any) -> Answer:
+async def _refusing(name: str, call: Awaitable[Answer], context: Any) -> Answer:
     try:
         return await call
     except grpc.aio.AbortError:
         raise
     except Exception as error:  # noqa: BLE001 - the last one who can answer the caller
+        if kind_of(error).code is grpc.StatusCode.INTERNAL:
+            _log.error("%s failed", name, exc_info=error)
         await refuse(context, error)
 
 

@@ -7,7 +7,6 @@ https://google.aip.dev/193 and google/rpc/error_details.proto.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -28,8 +27,6 @@ DETAILS_KEY = "grpc-status-details-bin"
 MAX_TEXT = 1_000
 """Characters of a message or of a value: clients take 8 KB of metadata, and the message is in it
 twice (grpc.max_metadata_size)."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,6 @@ def as_json(value: object) -> str:
 async def refuse(context: Any, error: BaseException) -> NoReturn:
     """End a call with what an error is to its caller."""
     kind, status = kind_of(error), status_of(error)
-    if kind.code is grpc.StatusCode.INTERNAL:
-        _log.error("A gRPC call failed", exc_info=error)
     await context.abort(kind.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
     raise AssertionError("abort raises")
 
