@@ -37,11 +37,11 @@ def fill_at_random(network: nn.Module, seed: int = 20261124) -> None:
 def _values(
     module: nn.Module, name: str, shape: tuple[int, ...], random: np.random.Generator
 ) -> NDArray[Any]:
-    noise = random.random(shape, np.float32) - np.float32(0.5)  # of variance 1 / 12
+    noise: NDArray[Any] = random.random(shape, np.float32) - np.float32(0.5)  # variance 1 / 12
     if isinstance(module, nn.Embedding):
-        return noise * np.sqrt(12).astype(np.float32)
+        return np.asarray(noise * np.sqrt(12), np.float32)
     if len(shape) > 1 and name not in SCALES:
-        return noise * np.sqrt(12 / np.prod(shape[1:])).astype(np.float32)
+        return np.asarray(noise * np.sqrt(12 / np.prod(shape[1:])), np.float32)
     if name in ("bias", "beta", "running_mean"):
-        return np.float32(0.2) * noise
-    return np.float32(1.0) + np.float32(0.4) * noise
+        return np.asarray(0.2 * noise, np.float32)
+    return np.asarray(1.0 + 0.4 * noise, np.float32)
