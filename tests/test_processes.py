@@ -1,0 +1,165 @@
+"""The whole service as processes: killed, started again, told to stop while it is at work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT, ServerProcess, serving
+from tests.test_remix_service import short_song, song
+
+__all__ = ["short_song", "song"]  # fixtures
+
+SERVE = [sys.executable, "-m", "bentoml", "serve", "service:Remix"]
+
+SOON_S = 60.0
+"""For what takes seconds on a machine that is not busy."""
+
+
+@pytest.fixture(scope="module")
+def runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one server after the other has its sockets."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def service(runtime_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {"PHILHARMONICS_RUNTIME_DIR": str(runtime_dir), "PHILHARMONICS_CACHE_BYTES": "0"}
+    with serving(SERVE, folder, 240.0, environment) as running:
+        yield running
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def await_end(pids: list[int], within_s: float) -> None:
+    until_s = time.monotonic() + within_s
+    while left := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < until_s, f"{left} are still there"
+        time.sleep(0.05)
+
+
+def runner_of(server: ServerProcess, name: str) -> int:
+    """The process that serves a stage."""
+    for pid in server.pids():
+        with suppress(OSError):
+            if name in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                return pid
+    raise AssertionError(f"There is no runner {name}.")
+
+
+def remix(url: str, data: bytes) -> httpx.Response:
+    return httpx.post(f"{url}/v1/remix", files={"song": ("song.wav", data)}, timeout=300.0)
+
+
+@pytest.mark.slow
+def test_nothing_outlives_the_first_process_that_is_killed(
+    runtime_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    environment = {"PHILHARMONICS_RUNTIME_DIR": str(runtime_dir)}
+    folder = tmp_path_factory.mktemp("first")  # the path of a socket must be short
+    with serving(SERVE, folder, 240.0, environment) as server:
+        pids = server.pids()
+        assert len(pids) >= 7  # it, the composer, five runners
+        os.kill(server.pid, signal.SIGKILL)
+        await_end(pids, 10.0)
+        with socket.socket() as probe:  # its successor can have the port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", urlsplit(server.url).port))
+    assert list(runtime_dir.iterdir()) != []  # what it left; see the next test
+
+
+@pytest.mark.slow
+def test_remix_outlives_a_runner_that_is_killed_and_is_the_same(
+    service: ServerProcess, runtime_dir: Path, short_song: bytes
+) -> None:
+    assert len(list(runtime_dir.iterdir())) == 1, "what a killed server left is swept"
+    undisturbed = remix(service.url, short_song)
+    assert undisturbed.status_code == 200, undisturbed.text
+    killed = runner_of(service, "SeparateStems")
+    os.kill(killed, signal.SIGKILL)
+    disturbed = remix(service.url, short_song)
+    assert disturbed.status_code == 200, disturbed.text
+    assert disturbed.content == undisturbed.content
+    assert runner_of(service, "SeparateStems") != killed
+
+
+@pytest.mark.slow
+def test_stopping_ends_what_is_inside_and_refuses_what_comes(
+    service: ServerProcess, runtime_dir: Path, short_song: bytes
+) -> None:
+    pids = service.pids()
+    with ThreadPoolExecutor(2) as threads:
+        inside = [threads.submit(remix, service.url, short_song) for _ in range(2)]
+        until_s = time.monotonic() + SOON_S
+        while len(service.pids()) < len(pids) + 2:  # both songs are being decoded
+            assert time.monotonic() < until_s
+        os.kill(service.pid, signal.SIGTERM)
+        late: list[httpx.Response] = []
+        with suppress(httpx.ConnectError):  # how it ends: the port is closed
+            while time.monotonic() < until_s:
+                late.append(remix(service.url, b""))
+        assert [call.result().status_code for call in inside] == [200, 200]
+    late = [answer for answer in late if answer.status_code != 422]  # before the signal arrived
+    assert late
+    for answer in late:
+        assert answer.status_code == 503
+        assert answer.headers["connection"] == "close"
+        assert answer.json()["value"] == "stopping"
+    ended = os.waitid(os.P_PID, service.pid, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    assert (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
+    await_end(pids, 1.0)
+    assert list(runtime_dir.iterdir()) == []
+
+
+def test_serve_where_somebody_listens_is_a_line_and_an_exit_code() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "client.command", "serve", "--port", port]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert f"127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+@pytest.mark.slow
+def test_server_ends_with_the_command_that_started_it() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*(sys.executable, "-m", "client.command", "serve"), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--grpc-port", "0"], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    server = ServerProcess(f"http://127.0.0.1:{port}", process.pid, ROOT, "")
+    try:
+        until_s = time.monotonic() + 2 * SOON_S
+        while len(pids := server.pids()) < 8:  # it, BentoML's first process, six workers
+            assert process.poll() is None
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    await_end(pids, SOON_S)
