@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+from prometheus_client import Histogram
 
 from grpc_api.statuses import kind_of, refuse
 from remix.errors import RunnerUnavailable
+
+SECONDS = Histogram(
+    "philharmonics_grpc_seconds",
+    "Time a gRPC call took, by how it ended",
+    ["method", "code"],
+    buckets=(0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
+)
 
 Answer = TypeVar("Answer")
 Call = Callable[[Any, Any, Any], Awaitable[Answer]]
@@ -88,13 +97,25 @@ def watching(call: Call[None]) -> Call[None]:
 
 async def _refusing(name: str, call: Awaitable[Answer], context: Any) -> Answer:
     try:
-        return await call
-    except grpc.aio.AbortError:
-        raise
+        return await _timed(name, call)
     except Exception as error:  # noqa: BLE001 - the last one who can answer the caller
         if kind_of(error).code is grpc.StatusCode.INTERNAL:
             _log.error("%s failed", name, exc_info=error)
         await refuse(context, error)
+
+
+async def _timed(name: str, call: Awaitable[Answer]) -> Answer:
+    begin_s, code = time.monotonic(), grpc.StatusCode.OK
+    try:
+        return await call
+    except asyncio.CancelledError:  # the caller left, or his deadline passed
+        code = grpc.StatusCode.CANCELLED
+        raise
+    except Exception as error:
+        code = kind_of(error).code
+        raise
+    finally:
+        SECONDS.labels(name, code.name).observe(time.monotonic() - begin_s)
 
 
 def _current_task() -> asyncio.Task[Any]:

@@ -7,6 +7,7 @@ over the same port in `test_grpc_service.py`.
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import threading
@@ -304,6 +305,19 @@ def test_caller_who_goes_away_while_he_uploads_leaves_nothing(
     gone.set()
     both_slots_are_free(stub)
     assert fake_server.traces_become(before) == before
+
+
+def test_calls_are_counted_by_how_they_ended(stub: Any, fake_server: ServerProcess) -> None:
+    def count(code: str) -> float:
+        text = httpx.get(f"{fake_server.url}/metrics", timeout=60.0).text
+        line = rf'^philharmonics_grpc_seconds_count{{code="{code}",method="Remix"}} (\S+)'
+        found = re.search(line, text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    fine, refused = count("OK"), count("INVALID_ARGUMENT")
+    collect(stub.Remix(remix(), timeout=60.0))
+    refusal(stub.Remix(remix(b""), timeout=60.0))
+    assert (count("OK"), count("INVALID_ARGUMENT")) == (fine + 1, refused + 1)
 
 
 def test_lists_are_those_of_http(stub: Any, fake_server: ServerProcess) -> None:
