@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -27,7 +29,7 @@ from remix.manifest import read_manifest
 from remix.settings import Settings, read_settings
 from remix_v1 import remix_pb2 as messages
 from remix_v1 import remix_pb2_grpc as protocol
-from tests.conftest import SLOW_SEED, free_ports
+from tests.conftest import ROOT, SLOW_SEED, free_ports
 from tests.fakes import FakeComposer, no_infer
 from tests.grpc_caller import refusal_of, upload
 from tests.test_http_api import wav
@@ -318,3 +320,22 @@ def test_service_does_not_start_on_a_port_that_is_taken() -> None:
         other.listen()
         with pytest.raises(SystemExit, match="PHILHARMONICS_GRPC_PORT"):
             check_port("127.0.0.1", other.getsockname()[1])
+
+
+def test_grpc_does_not_open_to_strangers_by_itself(tmp_path: Path) -> None:
+    """HTTP on the loopback address is no leave to let anybody in beside it."""
+    started = subprocess.run(
+        [sys.executable, "-m", "bentoml", "serve", "service:Remix", "--host", "127.0.0.1"],
+        cwd=ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "BENTOML_HOME": str(tmp_path),
+            "HOME": str(tmp_path),
+            "PHILHARMONICS_GRPC_HOST": "0.0.0.0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert started.returncode == 1
+    assert "does not start on 0.0.0.0" in started.stderr

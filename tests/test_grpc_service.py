@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -322,6 +323,26 @@ def test_cancelled_job_ends_its_compute_and_its_stream(
     assert refusal_of(caught.value).reason == "CANCELLED"
     after = settled(http)
     assert after["spleeter-2stems"] - before["spleeter-2stems"] < 6
+
+
+def test_example_of_the_readme_runs(
+    stub: Any, server: ServerProcess, demo: Any, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"^## gRPC\n.*?^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    for theirs, ours in (
+        ("127.0.0.1:3001", server.grpc_address),
+        (".cache/demo_song.mp3", str(ROOT / ".cache/demo_song.mp3")),
+        ("out/heard.wav", str(tmp_path / "heard.wav")),
+    ):
+        assert theirs in example
+        example = example.replace(theirs, ours)
+    subprocess.run([sys.executable, "-c", example], cwd=ROOT, check=True, timeout=DEADLINE_S)
+    request = m.ListJobsRequest(page_size=1)
+    (job,) = stub.ListJobs(request, timeout=DEADLINE_S).jobs
+    assert job.options.voice == "carlo"
+    heard_bytes = (tmp_path / "heard.wav").read_bytes()
+    assert hashlib.sha256(heard_bytes).hexdigest() == job.artifacts[0].sha256
 
 
 def node_client(folder: Path) -> Path:
