@@ -374,6 +374,7 @@ class Jobs:
         uid = (await self._store.get(owner, job_id)).uid
         while True:
             hear = self._bells.listen(uid)
+            before = start
             row, parts = await self._store.played(uid, start)
             if row.job.state == "done":
                 async for piece in self._artifact(row, REMIX_FILE).read(start):
@@ -383,12 +384,12 @@ class Jobs:
                 raise _ending(row.job)
             for begin, path in parts:
                 content = await self._files.run(self._files.read, path)
-                if content is None:  # another attempt, or the whole file, is there by now
+                if content is None or begin > start:  # of an attempt that counts no more
                     break
                 piece = content[start - begin :]
                 start += len(piece)
                 yield piece
-            if not parts:
+            if start == before:
                 await hear(POLL_S)
 
     async def outlook(self) -> tuple[Load, Sequence[Started]]:

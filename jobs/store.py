@@ -461,14 +461,15 @@ class Store:
 
         def work(db: sa.Connection) -> None:
             self._check(db, claim, "running")
+            # Said again, perhaps with more, where the answer to the first time was lost.
             same = (
                 PLAYED.c.uid == claim.uid,
                 PLAYED.c.attempt == claim.attempt,
                 PLAYED.c.start == start,
             )
-            if db.execute(sa.select(PLAYED.c.stop).where(*same)).one_or_none() is None:
-                values = {"uid": claim.uid, "attempt": claim.attempt, "start": start, "stop": stop}
-                db.execute(sa.insert(PLAYED).values(values))
+            db.execute(sa.delete(PLAYED).where(*same))
+            values = {"uid": claim.uid, "attempt": claim.attempt, "start": start, "stop": stop}
+            db.execute(sa.insert(PLAYED).values(values))
 
         await self.database.call(work)
 

@@ -9,6 +9,7 @@ import logging
 import struct
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Attempt:
         self._fractions: dict[Stage, float] = {}
         self._sound = [wav_header(length_samples)]
         self._played_bytes = 0
+        self._has_ended = asyncio.Event()
 
     def progress(self, stage: Stage, fraction: float) -> None:
         """See `remix.stages.Progress`; from any thread."""
@@ -72,26 +74,28 @@ class Attempt:
         """Take the next stretch of the mix, final: [2, t]."""
         self._sound.append(encode(Audio(stretch, SAMPLE_RATE_HZ), "wav16")[HEADER_BYTES:])
 
-    async def tell_on(self) -> None:
-        """Note what there is, again and again.
-
-        Raises:
-            LostClaim: the attempt counts no more.
-        """
-        while True:
-            await asyncio.sleep(NOTE_S)
-            try:
-                await self.tell()
-            except StorageUnavailable as error:
-                _log.warning("Job %s is not noted for now: %s", self._claim.uid, error)
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._has_ended.set()
 
     async def tell(self) -> None:
-        """Note what there is.
+        """Note what comes, until all of it is noted.
 
         Raises:
             LostClaim: the attempt counts no more.
-            StorageUnavailable: it is kept for the next time.
+            StorageUnavailable: the last of it could not be noted.
         """
+        while not self._has_ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._has_ended.wait(), NOTE_S)
+            try:
+                await self._tell()
+            except StorageUnavailable as error:
+                _log.warning("Job %s is not noted for now: %s", self._claim.uid, error)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """Note what there is; what could not be noted is kept for the next time."""
         fractions, self._fractions = self._fractions, {}
         if fractions:
             try:
@@ -179,14 +183,13 @@ class Workshop:
             await self._files.run(self._files.fetch, song_path(claim.uid), Path(song.name))
             try:
                 async with asyncio.TaskGroup() as group:
-                    telling = group.create_task(attempt.tell_on())
+                    group.create_task(attempt.tell())
                     made = await self._composer.remix(
-                        Path(song.name), row.job.options, attempt.progress
+                        Path(song.name), row.job.options, attempt.progress, attempt.listen
                     )
-                    telling.cancel()
+                    attempt.end()
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from errors
-        await attempt.tell()
         files = remix_files(made, self._composer.manifest, self._composer.models_dir)
         stored = []
         while file := await self._files.run(next, files, None):

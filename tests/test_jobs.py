@@ -132,6 +132,25 @@ def test_job_ends_with_its_files_and_the_same_request_has_them_at_once(
     run(work())
 
 
+def test_sound_is_heard_while_it_is_made_and_on_through_a_restart(
+    song: Path, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        async with running(tmp_path) as jobs:
+            job = await jobs.submit(song, RemixOptions(seed=40), job_id="j")
+            sound = jobs.audio("j")
+            heard = await anext(sound) + await anext(sound)
+            assert (await jobs.get("j")).state == "running"
+            await sound.aclose()
+        async with running(tmp_path) as jobs:
+            heard += await content(jobs.audio("j", start=len(heard)))
+            remix = await jobs.artifact("j", "", "remix.wav")
+            assert heard == await content(remix.read())
+            assert (await ended(jobs, job)).attempt == 2
+
+    run(work())
+
+
 def test_job_is_its_owners_alone(song: Path, tmp_path: Path) -> None:
     async def work() -> None:
         async with running(tmp_path) as jobs:
