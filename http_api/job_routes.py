@@ -260,9 +260,9 @@ def _add_files(app: FastAPI, desk: Desk) -> None:
             stream(), media_type="audio/wav", headers={"Cache-Control": "no-store"}
         )
 
-    @app.api_route(
+    @app.head("/v1/jobs/{job_id}/artifacts/{name:path}", include_in_schema=False)
+    @app.get(
         "/v1/jobs/{job_id}/artifacts/{name:path}",
-        methods=["GET", "HEAD"],
         summary="Fetch a file of a job",
         response_class=StreamingResponse,
         responses={
