@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
 from remix_v1 import remix_pb2 as messages
-from tests.conftest import CRASH_SEED, ROOT, SLOW_SEED, ServerProcess
+from tests.conftest import CRASH_SEED, ROOT, SLOW_SEED, ServerProcess, Traces
 from tests.grpc_caller import calling, collect, refusal_of, upload
 from tests.test_http_api import NOTES, WRONG_FILES, wav
 
@@ -43,9 +43,16 @@ SETTLE_S = 20.0
 @pytest.fixture(scope="module")
 def stub(fake_server: ServerProcess) -> Iterator[Any]:
     with calling(fake_server.grpc_address) as stub:
-        # Warm-up: what is opened once is open from here on.
+        # Warm-up: what is opened once (metrics, the first decoder's pipes) is open from here on.
         collect(stub.Remix(remix(), timeout=60.0))
+        httpx.post(f"{fake_server.url}/v1/remix", files={"song": ("s", wav())}, timeout=60.0)
         yield stub
+
+
+@pytest.fixture(scope="module")
+def idle(stub: Any, fake_server: ServerProcess) -> Traces:
+    """What there is while nobody calls."""
+    return fake_server.traces()
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +208,9 @@ def test_messages_out_of_order_are_refused(stub: Any, requests: list[Any], value
 
 
 def test_upload_over_the_limit_is_refused_while_it_streams(
-    stub: Any, fake_server: ServerProcess
+    stub: Any, fake_server: ServerProcess, idle: Traces
 ) -> None:
     """Nobody waits for its end: it has none."""
-    before = fake_server.traces()
     sent_bytes = 0
 
     def endless() -> Iterator[Any]:
@@ -219,7 +225,7 @@ def test_upload_over_the_limit_is_refused_while_it_streams(
     assert found.limit == 200_000_000 < found.value <= 200_000_000 + (1 << 20)
     # Beyond the limit goes what is buffered on the way.
     assert sent_bytes < 250_000_000
-    assert fake_server.traces_become(before) == before
+    assert fake_server.traces_become(idle) == idle
 
 
 def test_message_over_4_mb_is_refused(stub: Any) -> None:
@@ -256,10 +262,9 @@ def both_slots_are_free(stub: Any) -> None:
 
 
 def test_caller_who_cancels_frees_the_slot_and_leaves_nothing(
-    stub: Any, fake_server: ServerProcess
+    stub: Any, fake_server: ServerProcess, idle: Traces
 ) -> None:
     both_slots_are_free(stub)
-    before = fake_server.traces()
     with ExitStack() as stack:
         for _ in range(2):
             stack.callback(begun(stub).cancel)
@@ -274,7 +279,7 @@ def test_caller_who_cancels_frees_the_slot_and_leaves_nothing(
         )
         assert over_http.status_code == 429
     both_slots_are_free(stub)
-    assert fake_server.traces_become(before) == before
+    assert fake_server.traces_become(idle) == idle
 
 
 def test_deadline_ends_the_call_and_frees_the_slot(stub: Any) -> None:
@@ -288,9 +293,8 @@ def test_deadline_ends_the_call_and_frees_the_slot(stub: Any) -> None:
 
 
 def test_caller_who_goes_away_while_he_uploads_leaves_nothing(
-    stub: Any, fake_server: ServerProcess
+    stub: Any, fake_server: ServerProcess, idle: Traces
 ) -> None:
-    before = fake_server.traces()
     sent, gone = threading.Event(), threading.Event()
 
     def half() -> Iterator[Any]:
@@ -304,7 +308,7 @@ def test_caller_who_goes_away_while_he_uploads_leaves_nothing(
     call.cancel()
     gone.set()
     both_slots_are_free(stub)
-    assert fake_server.traces_become(before) == before
+    assert fake_server.traces_become(idle) == idle
 
 
 def test_calls_are_counted_by_how_they_ended(stub: Any, fake_server: ServerProcess) -> None:
