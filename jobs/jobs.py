@@ -10,7 +10,7 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import anyio.to_thread
 from jobs.database import Database
 from jobs.estimate import Estimator
 from jobs.files import Files
+from jobs.forecast import Forecaster
 from jobs.identity import request_id, result_id
 from jobs.job import ArtifactInfo, Job, JobEvent, JobFailure, JobPage, State
 from jobs.schedule import Started
@@ -163,6 +164,7 @@ class Jobs:
         self._database = database
         self._composer = composer
         self._estimator = estimator
+        self._forecaster = Forecaster(estimator, settings.max_remixes)
         self._files = Files(settings.artifacts_url)
         self._webhooks = Webhooks(settings.webhook_hosts, settings.webhook_secret)
         self._bells = _Bells()
@@ -305,9 +307,9 @@ class Jobs:
                 remedy="Leave it out to begin.",
             )
         rows = await self._store.page(owner, state, page_token, page_size + 1)
-        queue = await self._queue() if any(r.job.state == "queued" for r in rows) else {}
+        outlooks = {} if all(row.job.has_ended for row in rows) else await self._outlooks()
         return JobPage(
-            tuple(self._seen(row, queue) for row in rows[:page_size]),
+            tuple(self._seen(row, outlooks) for row in rows[:page_size]),
             rows[page_size - 1].uid if len(rows) > page_size else None,
         )
 
@@ -328,7 +330,7 @@ class Jobs:
 
     async def events(
         self, job_id: str, owner: str = "", after_event: int = 0
-    ) -> AsyncIterator[JobEvent | None]:
+    ) -> AsyncGenerator[JobEvent | None, None]:
         """What has happened and happens to a job, from the event after `after_event` to the last.
 
         None comes between where nothing happened for some seconds, so that a transport can say
@@ -361,7 +363,9 @@ class Jobs:
         row = await self._store.get(owner, job_id)
         return self._artifact(row, name)
 
-    async def audio(self, job_id: str, owner: str = "", start: int = 0) -> AsyncIterator[bytes]:
+    async def audio(
+        self, job_id: str, owner: str = "", start: int = 0
+    ) -> AsyncGenerator[bytes, None]:
         """The bytes of `remix.wav` from `start` on, each part as soon as it is final.
 
         All parts together are the file, header and all, also where the job was interrupted and
@@ -410,27 +414,19 @@ class Jobs:
         )
 
     async def _told(self, row: Row) -> Job:
-        return self._seen(row, await self._queue() if row.job.state == "queued" else {})
+        return self._seen(row, {} if row.job.has_ended else await self._outlooks())
 
-    async def _queue(self) -> dict[str, tuple[int, float]]:
-        """Place and seconds to the end of every job that waits."""
-        load, started = await self._store.outlook()
-        estimates_s = {job.job_id: job.estimate_s for job in load.waiting}
-        queue = load.queue(started)
-        spans = self._estimator.outlook(
-            [(job.estimate_s, job.ran_s) for job in load.running],
-            [estimates_s[uid] for uid in queue],
-            self._settings.max_remixes,
-        )[len(load.running) :]
-        return {
-            uid: (place, span.end_s)
-            for place, (uid, span) in enumerate(zip(queue, spans, strict=True))
+    async def _outlooks(self) -> dict[str, tuple[int | None, float]]:
+        """Of every job that has not ended: its place, if it waits, and seconds to its end."""
+        expected = self._forecaster.forecast(*await self._store.outlook())
+        return {job.uid: (None, span.end_s) for job, span in expected.running} | {
+            job.job_id: (place, span.end_s) for place, (job, span) in enumerate(expected.waiting)
         }
 
-    def _seen(self, row: Row, queue: dict[str, tuple[int, float]]) -> Job:
-        if row.uid not in queue:
+    def _seen(self, row: Row, outlooks: dict[str, tuple[int | None, float]]) -> Job:
+        if row.uid not in outlooks:
             return row.job
-        place, end_s = queue[row.uid]
+        place, end_s = outlooks[row.uid]
         return replace(row.job, position=place, estimate_s=round(end_s, 1))
 
     # --- the work -----------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Request:
         options: of the remix.
         webhook_url: empty for none.
         duration_s: of the song.
-        estimate_s: of its compute.
+        estimate_s: seconds that it takes alone.
     """
 
     owner: str
@@ -156,11 +156,13 @@ class Running:
     """A job that runs.
 
     Args:
+        uid: its name in the database.
         owner: whose it is.
-        estimate_s: of its compute.
+        estimate_s: seconds that it takes alone.
         ran_s: how long it has run.
     """
 
+    uid: str
     owner: str
     estimate_s: float
     ran_s: float
@@ -642,7 +644,7 @@ class Store:
         rows = db.execute(sa.select(*columns).where(JOBS.c.state.in_(["queued", "running"]))).all()
         return Load(
             running=tuple(
-                Running(r.owner, r.estimate_s, max(0.0, now_s - r.started_s))
+                Running(r.uid, r.owner, r.estimate_s, max(0.0, now_s - r.started_s))
                 for r in rows
                 if r.state == "running"
             ),

@@ -30,7 +30,7 @@ LONG = {"options": f'{{"seed": {SLOW_SEED}}}'}
 """A job that takes hours: it ends by being cancelled."""
 
 FULL = Forecast(
-    running=((Running("ann", 60.0, 20.0), Span(0.0, 40.0)),),
+    running=((Running("r", "ann", 60.0, 20.0), Span(0.0, 40.0)),),
     waiting=(
         (Waiting("1", "eve", 30.0, 5.0), Span(40.0, 70.0)),
         (Waiting("2", "ann", 50.0, 5.0), Span(70.0, 120.0)),

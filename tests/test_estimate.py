@@ -142,7 +142,7 @@ def test_quote_for_an_idle_server_is_the_cost_alone() -> None:
 
 def test_quote_counts_only_who_would_be_before() -> None:
     load = Load(
-        running=(Running("eve", 50.0, 10.0),),
+        running=(Running("r", "eve", 50.0, 10.0),),
         waiting=(Waiting("long", "ann", 600.0, 0.0), Waiting("hers", "eve", 5.0, 0.0)),
     )
     started = [Started("eve", 50.0, 0.0)]
@@ -163,7 +163,7 @@ def test_quote_is_within_what_is_there(
     running: list[tuple[str, float]], waiting: list[tuple[str, float, float]], duration_s: float
 ) -> None:
     load = Load(
-        tuple(Running(owner, estimate_s, 0.0) for owner, estimate_s in running),
+        tuple(Running("r", owner, estimate_s, 0.0) for owner, estimate_s in running),
         tuple(Waiting(f"job {i}", *row) for i, row in enumerate(waiting)),
     )
     quote = Forecaster(Estimator(MODEL), slots=2).quote("a", duration_s, load, ())
