@@ -3,7 +3,7 @@
 python -m load_tests all                           what `make load` does, in 15 minutes
 python -m load_tests run --rate 0.1 --seconds 60   one run, on a server of its own
 python -m load_tests run --server http://127.0.0.1:3000 --scenario single_stream
-python -m load_tests run --target basic-pitch --runner 127.0.0.1:4001 --rate 20
+python -m load_tests run --target basic-pitch --address 127.0.0.1:4001 --rate 20
 python -m load_tests run --rate 0.1 --seconds 1800        a soak: see "grew" in its report
 python -m load_tests run --rate 0.1 --seconds 60 --fault stop:remix:20:6
 python -m load_tests.compare before/load.json after/load.json
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from load_tests.environment import ROOT, environment
-from load_tests.generator import Event
+from load_tests.generator import Event, go_first
 from load_tests.growth import growth
 from load_tests.own_server import OwnServer, own_server
 from load_tests.processes import (
@@ -46,13 +46,12 @@ from load_tests.runs import (
 from load_tests.songs import recordings
 from load_tests.traffic import (
     END_TO_END,
+    Door,
     Songs,
     Traffic,
     end_to_end,
-    has_jobs,
     models_of,
     one_model,
-    runner_socket,
 )
 from load_tests.whole import Plan, line, whole
 
@@ -65,7 +64,8 @@ def main() -> int:
     begin_s = time.monotonic()
     if arguments.command == "all":
         with own_server() as own:
-            report = asyncio.run(whole(own, _plan(arguments, own), begin_s))
+            go_first()
+            report = asyncio.run(whole(own, _plan(arguments), begin_s))
     else:
         report = _one_run(arguments, begin_s)
     data, page = write(arguments.out, report)
@@ -103,7 +103,7 @@ def _all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=15.0, help="for all of it (default 15)")
     parser.add_argument("--length", type=float, default=30.0, help="of the knee's songs, s")
     parser.add_argument(
-        "--target", choices=END_TO_END, help="jobs where the server takes jobs, else remix"
+        "--target", choices=END_TO_END, default="jobs", help="of the songs (default jobs)"
     )
     parser.add_argument(
         "--at-once", type=int, default=2, help="songs under way in the offline run (default 2)"
@@ -115,10 +115,12 @@ def _all(parser: argparse.ArgumentParser) -> None:
 
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", default="remix", help="remix (default), jobs, or the name of a model"
+        "--target", default="jobs", help="jobs (default), remix, grpc, or the name of a model"
     )
     parser.add_argument("--server", help="address of a server that runs; else one is started")
-    parser.add_argument("--runner", help="address of the model's runner, host:port or unix:path")
+    parser.add_argument(
+        "--address", help="host:port of the model's runner, or of the server's gRPC"
+    )
     parser.add_argument("--key", default="", help="API key")
     parser.add_argument("--pid", type=int, help="the running server's first process, to watch it")
     parser.add_argument(
@@ -134,7 +136,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
         help="unanswered at once, at most (default 256; offline: 2 songs, 16 windows)",
     )
     parser.add_argument("--length", type=float, help="of every song, s; else 10 to 120 s")
-    parser.add_argument("--warm", action="store_true", help="the same few songs again and again")
+    parser.add_argument("--warm", action="store_true", help="one song again and again")
     parser.add_argument(
         "--retry", action="store_true", help="a refused request comes again after Retry-After"
     )
@@ -148,15 +150,14 @@ def _run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(arguments: argparse.Namespace, own: OwnServer) -> Plan:
-    kind = arguments.target or ("jobs" if has_jobs(own.url) else "remix")
+def _plan(arguments: argparse.Namespace) -> Plan:
     songs = Songs(recordings(arguments.songs), arguments.length, arguments.seed)
     like = json.loads(arguments.like.read_text()) if arguments.like else None
     return Plan(
         arguments.minutes,
         songs,
         Objective(*arguments.objective),
-        kind,
+        arguments.target,
         arguments.at_once,
         arguments.seed,
         like,
@@ -168,10 +169,11 @@ def _one_run(arguments: argparse.Namespace, begin_s: float) -> dict[str, Any]:
     with ExitStack() as stack:
         own = None
         url, pid = arguments.server, arguments.pid
-        if not url and not arguments.runner:
+        if not url and not arguments.address:
             own = stack.enter_context(own_server())
             url, pid = own.url, own.pid
         watch = stack.enter_context(watching(pid, url, series=True)) if pid else None
+        go_first()
         before = metrics_of(url) if url else {}
         result = asyncio.run(_ask(arguments, own, url, list(_events(arguments, pid))))
         counted = difference(before, metrics_of(url)) if url else {}
@@ -245,21 +247,26 @@ async def _traffic(
     sources = recordings(arguments.songs)
     if arguments.target in END_TO_END:
         songs = Songs(sources, arguments.length, arguments.seed, arguments.warm)
-        async with end_to_end(
-            url, arguments.target, songs, retries=arguments.retry, key=arguments.key
-        ) as traffic:
+        address = url
+        if arguments.target == "grpc":
+            address = own.grpc if own else arguments.address
+        if not address:
+            raise SystemExit("--address says where the server listens for gRPC.")
+        door = Door(arguments.target, address, arguments.retry, arguments.key)
+        async with end_to_end(door, songs) as traffic:
             yield traffic
         return
-    rate_hz, address = 0, arguments.runner
+    rate_hz, address = 0, arguments.address
     if url:
         models = {model["name"]: model for model in models_of(url)}
         if arguments.target not in models:
             raise SystemExit(f"{arguments.target} is not served here; there are {list(models)}.")
         model = models[arguments.target]
         rate_hz = model["sample_rate_hz"]
-        address = address or (own and runner_socket(own.runtime_dir, model["stage"]))
+        if own:
+            address = own.runner(model["stage"])
     if not address:
-        raise SystemExit("--runner says where the model's runner listens.")
+        raise SystemExit("--address says where the model's runner listens.")
     async with one_model(address, arguments.target, rate_hz, sources[0], arguments.seed) as traffic:
         yield traffic
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +31,9 @@ HEARTBEAT_S = 0.01
 
 LEAD_S = 0.2
 """From the call to the schedule's zero: what the first requests need is ready by then."""
+
+SWITCH_S = 0.0005
+"""After which a thread gives way to the event loop."""
 
 OK, TIMEOUT, NOT_SENT = "ok", "timeout", "not_sent"
 
@@ -252,6 +257,17 @@ async def _within(sending: Coroutine[object, object, Answer], until_s: float) ->
             return await sending
     except TimeoutError:
         return Answer(TIMEOUT)
+
+
+def go_first() -> None:
+    """Have this thread, and what it starts from now on, woken at once however busy the server is.
+
+    Where that is allowed (root): else the clock that the server is measured by may be late because
+    of the server, and the lag says so. And have the event loop wait less for other threads.
+    """
+    sys.setswitchinterval(SWITCH_S)
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 def _forget_garbage() -> None:

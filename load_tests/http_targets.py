@@ -71,12 +71,11 @@ def request_of(client: httpx.AsyncClient, method: str, path: str, work: Work) ->
 
 def parts_of_report(report: Mapping[str, Any]) -> dict[str, float]:
     """What a remix's report says of each stage's runner, flat: `separate_stems compute_s`."""
-    stages: Mapping[str, Mapping[str, Any]] = report["times"]["stages"]
+    stages: Mapping[str, Mapping[str, float]] = report["times"]["stages"]
     return {
         f"{stage} {name}": float(value)
         for stage, times in stages.items()
         for name, value in times.items()
-        if isinstance(value, int | float)
     }
 
 
@@ -127,7 +126,7 @@ class RemixTarget:
 
 
 class JobsTarget:
-    """A job, its events to their end, then the remix itself.
+    """A job: its sound as it is made, then its events to their end, then its report.
 
     It is submitted as `PUT /v1/jobs/{id}`, so that it can be cancelled whenever patience ends,
     the submission's answer being here or not.
@@ -145,6 +144,7 @@ class JobsTarget:
         """See `Target`; a job that nobody waits for any more is cancelled."""
         path = f"/v1/jobs/load-{secrets.token_hex(16)}"
         refusals: list[str] = []
+        sent_s = asyncio.get_running_loop().time()
         try:
             while True:
                 request = request_of(self._client, "PUT", path, work)
@@ -153,7 +153,7 @@ class JobsTarget:
                 except httpx.TransportError:
                     return Answer("unreachable", tuple(refusals))
                 if response.is_success:
-                    return await self._follow(path, tuple(refusals))
+                    return await self._follow(path, tuple(refusals), sent_s)
                 status, wait_s = response.status_code, retry_after_s(response)
                 if wait_s is None or not self._retries:
                     return Answer(str(status), tuple(refusals))
@@ -164,23 +164,23 @@ class JobsTarget:
                 await self._client.delete(path)
             raise
 
-    async def _follow(self, path: str, refusals: tuple[str, ...]) -> Answer:
+    async def _follow(self, path: str, refusals: tuple[str, ...], sent_s: float) -> Answer:
         """Until the job has ended: durable as it is, a lost connection is made anew."""
+        first_s = None
         while True:
             try:
+                async with self._client.stream("GET", f"{path}/audio") as audio:
+                    async for _ in audio.aiter_raw():
+                        if first_s is None and audio.is_success:
+                            first_s = asyncio.get_running_loop().time() - sent_s
                 async with self._client.stream("GET", f"{path}/events") as events:
                     async for _ in events.aiter_raw():
                         pass
                 job = (await self._client.get(path)).json()
                 if job["state"] == "done":
-                    return await self._fetch(path, refusals)
+                    report = (await self._client.get(f"{path}/artifacts/report.json")).json()
+                    return Answer(OK, refusals, first_s, parts_of_report(report))
                 if job["state"] in ENDED:
                     return Answer(f"job {job['state']}", refusals)
             except httpx.TransportError:
                 await asyncio.sleep(RECONNECT_S)
-
-    async def _fetch(self, path: str, refusals: tuple[str, ...]) -> Answer:
-        audio = await self._client.get(f"{path}/artifacts/remix.wav")
-        report = await self._client.get(f"{path}/artifacts/report.json")
-        status = OK if audio.is_success else str(audio.status_code)
-        return Answer(status, refusals, parts=parts_of_report(report.json()))

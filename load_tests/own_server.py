@@ -31,15 +31,21 @@ class OwnServer:
 
     Args:
         url: where it listens.
+        grpc: where it listens for gRPC, `host:port`.
         pid: the root of its processes.
-        runtime_dir: where its runners' sockets are, `<stage>.sock`.
+        runtime_dir: where its runners' sockets are.
         start_s: from its start until it was ready.
     """
 
     url: str
+    grpc: str
     pid: int
     runtime_dir: Path
     start_s: float
+
+    def runner(self, stage: str) -> str:
+        """The address of a stage's runner."""
+        return f"unix:{next(self.runtime_dir.rglob(f'{stage}.sock'))}"
 
 
 @contextmanager
@@ -49,9 +55,10 @@ def own_server() -> Iterator[OwnServer]:
     Raises:
         SystemExit: it did not become ready; with the end of its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, grpc_port = one.getsockname()[1], two.getsockname()[1]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         folder = Path(home)
         with (folder / "log").open("wb") as log:
@@ -63,6 +70,8 @@ def own_server() -> Iterator[OwnServer]:
                     **os.environ,
                     "BENTOML_HOME": str(folder / "bentoml"),
                     "BENTOML_DO_NOT_TRACK": "True",
+                    "PHILHARMONICS_DATA_DIR": str(folder / "data"),
+                    "PHILHARMONICS_GRPC_PORT": str(grpc_port),
                     "PHILHARMONICS_RUNTIME_DIR": str(folder / "run"),
                 },
                 stdout=log,
@@ -70,8 +79,9 @@ def own_server() -> Iterator[OwnServer]:
                 start_new_session=True,
             )
         try:
-            start_s = _await_ready(server, f"http://127.0.0.1:{port}", folder / "log")
-            yield OwnServer(f"http://127.0.0.1:{port}", server.pid, folder / "run", start_s)
+            url = f"http://127.0.0.1:{port}"
+            start_s = _await_ready(server, url, folder / "log")
+            yield OwnServer(url, f"127.0.0.1:{grpc_port}", server.pid, folder / "run", start_s)
         finally:
             server.terminate()
             with suppress(subprocess.TimeoutExpired):

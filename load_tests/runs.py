@@ -163,6 +163,8 @@ class Result:
         found = []
         if self.error_share > MAX_ERROR_SHARE:
             found.append(f"{self.error_share:.1%} errors")
+        if self.scenario != "server":
+            return found
         if not self.is_within_objective:
             found.append("p99 above the objective")
         if not self.is_queue_flat:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import httpx
 
 from load_tests.generator import Target, Work
+from load_tests.grpc_target import GrpcTarget, song_file
 from load_tests.http_targets import JobsTarget, RemixTarget, open_client, song_form
 from load_tests.runner_target import RunnerTarget, inference, input_shapes, open_channel
-from load_tests.songs import Recording, cuts, lengths
+from load_tests.songs import Recording, Song, cuts, lengths
 from load_tests.windows import windows
 
-END_TO_END = ("remix", "jobs")
+END_TO_END = ("remix", "jobs", "grpc")
 
 OPTIONS = {"seed": 1, "noise_seed": 1}
 """Of every remix: nothing but the song differs."""
-
-WARM_SONGS = 3
-"""Different songs that a warm run asks for in turn."""
 
 WINDOWS = 16
 """Different windows that a runner is sent in turn."""
@@ -56,7 +54,7 @@ class Songs:
         sources: recordings that they are cut from.
         length_s: of each; none for lengths from 10 to 120 s.
         seed: of lengths and cuts.
-        warm: whether a few songs return again and again, else none does.
+        warm: whether one song is sent again and again, else none is.
     """
 
     sources: Sequence[Recording]
@@ -64,37 +62,47 @@ class Songs:
     seed: int = 1
     warm: bool = False
 
-    def works(self) -> Iterator[Work]:
-        """Forms to send, without end; each is cut and encoded when it is taken."""
-        drawn = self._cold()
-        if self.warm:
-            return itertools.cycle(list(itertools.islice(drawn, WARM_SONGS)))
-        return drawn
+    def works(self, encode: Callable[[Song], Work]) -> Iterator[Work]:
+        """What is sent, without end; each song is cut and encoded when it is taken."""
+        drawn = self._cold(encode)
+        return itertools.repeat(next(drawn)) if self.warm else drawn
 
-    def _cold(self) -> Iterator[Work]:
+    def _cold(self, encode: Callable[[Song], Work]) -> Iterator[Work]:
         for number in itertools.count():
             seed = self.seed * 1_000_003 + number
             length_s = [self.length_s] if self.length_s else lengths(1, seed)
             for song in cuts(self.sources, length_s, seed):
-                yield song_form(song, OPTIONS)
+                yield encode(song)
+
+
+@dataclass(frozen=True)
+class Door:
+    """How whole songs go in.
+
+    Args:
+        kind: `remix`, `jobs`, or `grpc`, which is jobs too.
+        address: URL of the server, or `host:port` of its gRPC.
+        retries: whether a request that HTTP refuses comes again when it was told to.
+        key: an API key, where the server wants one.
+    """
+
+    kind: str
+    address: str
+    retries: bool = False
+    key: str = ""
 
 
 @asynccontextmanager
-async def end_to_end(
-    url: str, kind: str, songs: Songs, *, retries: bool, key: str
-) -> AsyncIterator[Traffic]:
-    """Whole songs.
-
-    Args:
-        url: of the server.
-        kind: `remix` or `jobs`.
-        songs: which.
-        retries: whether a refused request comes again when it was told to.
-        key: an API key, where the server wants one.
-    """
-    async with open_client(url, key) as client:
-        target = (JobsTarget if kind == "jobs" else RemixTarget)(client, retries=retries)
-        yield Traffic(kind, target, songs.works())
+async def end_to_end(door: Door, songs: Songs) -> AsyncIterator[Traffic]:
+    """Whole songs, through a door."""
+    if door.kind == "grpc":
+        async with open_channel(door.address) as channel:
+            target: Target = GrpcTarget(channel, OPTIONS, door.key)
+            yield Traffic("grpc", target, songs.works(song_file))
+        return
+    async with open_client(door.address, door.key) as client:
+        target = (JobsTarget if door.kind == "jobs" else RemixTarget)(client, retries=door.retries)
+        yield Traffic(door.kind, target, songs.works(partial(song_form, options=OPTIONS)))
 
 
 @asynccontextmanager
@@ -128,14 +136,3 @@ def models_of(url: str) -> list[dict[str, Any]]:
             model["default"] or (model["stage"] == "convert_voice" and model["weights"] != "random")
         )
     ]
-
-
-def has_jobs(url: str) -> bool:
-    """Whether this server takes jobs."""
-    paths = httpx.get(f"{url}/openapi.json", timeout=30.0, trust_env=False).json()["paths"]
-    return "/v1/jobs" in paths
-
-
-def runner_socket(runtime_dir: Path, stage: str) -> str:
-    """Where a runner of our own server listens."""
-    return f"unix:{runtime_dir / stage}.sock"

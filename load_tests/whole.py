@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from load_tests.environment import environment
@@ -23,14 +23,24 @@ from load_tests.growth import growth
 from load_tests.knee import Knee, find_knee
 from load_tests.own_server import OwnServer
 from load_tests.processes import difference, faults, metrics_of, processes_of, watching
-from load_tests.runs import Load, Objective, Result, offline, server, single_stream, summary
+from load_tests.runs import (
+    WARM_UP_SHARE,
+    Load,
+    Objective,
+    Result,
+    offline,
+    server,
+    single_stream,
+    summary,
+)
+from load_tests.songs import LONGEST_S
 from load_tests.traffic import (
+    Door,
     Songs,
     Traffic,
     end_to_end,
     models_of,
     one_model,
-    runner_socket,
 )
 
 MULTIPLES = (0.5, 0.8, 1.0, 1.5, 3.0)
@@ -38,10 +48,14 @@ MULTIPLES = (0.5, 0.8, 1.0, 1.5, 3.0)
 RUNNER_OBJECTIVE = Objective(1.0, 0.5)
 """For windows of one model."""
 
-RUNNER_RUN_S = 4.0
+RUNNER_SHARE_OF_TIME = 0.25
+"""Seconds of a run of one model for each minute of the whole: there are three for each model."""
 
-RUNNER_SHARE = 0.7
-"""Of a runner's offline rate: its server run."""
+RUNNER_IN_FLIGHT = 16
+"""Windows under way in its offline run: several batches."""
+
+RUNNER_RATE = 0.7
+"""Of a runner's offline rate: that of its server run."""
 
 FIRST_SHARE = 0.6
 """Of the offline rate: the search for the knee begins there."""
@@ -53,8 +67,8 @@ FAULTS_RUN_SHARE = 1.5
 
 STOP_S = 6.0
 
-DRAIN_S = 12.0
-"""What a run takes beyond its schedule, about: the last answers."""
+DRAIN_SHARE_OF_TIME = 0.8
+"""Seconds for each minute of the whole that a run takes beyond its schedule: the last answers."""
 
 COMPOSER, KILLED = "remix", "SeparateStems"
 """Services that the faults hit, by BentoML's names."""
@@ -101,6 +115,11 @@ class Whole:
         """Of the time."""
         return self.begin_s + self.plan.minutes * 60 - time.monotonic()
 
+    @property
+    def drain_s(self) -> float:
+        """What a run takes beyond its schedule, about."""
+        return DRAIN_SHARE_OF_TIME * self.plan.minutes
+
     async def measure(self, name: str, needs_s: float, run: Measure) -> Result | None:
         """Do a run and keep its summary; unless it would not end in time."""
         if needs_s > self.left_s:
@@ -120,16 +139,12 @@ class Whole:
                 return float(run["settings"]["rate_hz"])
         return rate_hz
 
-    def songs(self, **changes: Any) -> AbstractAsyncContextManager[Traffic]:
-        """Traffic of whole songs, no song twice in the whole measurement."""
-        number = len(self.runs) + 1
-        songs = Songs(
-            self.plan.songs.sources,
-            changes.get("length_s", self.plan.songs.length_s),
-            self.plan.songs.seed * 1_000 + number,
-            changes.get("warm", False),
-        )
-        return end_to_end(self.server.url, self.plan.kind, songs, retries=False, key="")
+    def songs(self, kind: str = "", **changes: Any) -> AbstractAsyncContextManager[Traffic]:
+        """Traffic of whole songs, other ones for each run."""
+        kind = kind or self.plan.kind
+        address = self.server.grpc if kind == "grpc" else self.server.url
+        seed = self.plan.songs.seed * 1_000 + len(self.runs)
+        return end_to_end(Door(kind, address), replace(self.plan.songs, seed=seed, **changes))
 
 
 async def whole(own: OwnServer, plan: Plan, begin_s: float) -> dict[str, Any]:
@@ -139,11 +154,11 @@ async def whole(own: OwnServer, plan: Plan, begin_s: float) -> dict[str, Any]:
     with watching(own.pid, own.url, series=False) as watch:
         for model in models_of(own.url):
             await _runner(state, model)
-        await _songs(state)
-        offline_hz = next(
-            run["audio_s_per_s"] for run in state.runs if run["name"] == "songs offline"
-        ) / (plan.songs.length_s or 30.0)
-        await _knee(state, offline_hz)
+        offline_hz = await _songs(state)
+        if offline_hz is None:
+            state.skipped.append("the knee")
+        else:
+            await _knee(state, offline_hz)
     return {
         "environment": facts,
         "server": {"start_s": round(own.start_s, 2), "target": plan.kind},
@@ -162,67 +177,59 @@ async def whole(own: OwnServer, plan: Plan, begin_s: float) -> dict[str, Any]:
 
 
 async def _runner(state: Whole, model: Mapping[str, Any]) -> None:
-    name, seed = model["name"], state.plan.seed
-    address = runner_socket(state.server.runtime_dir, model["stage"])
+    name, seed, run_s = model["name"], state.plan.seed, RUNNER_SHARE_OF_TIME * state.plan.minutes
+    address = state.server.runner(model["stage"])
     source = state.plan.songs.sources[0]
     async with one_model(address, name, model["sample_rate_hz"], source, seed) as traffic:
+        works = traffic.take(10_000)
         alone = await state.measure(
             f"{name} single_stream",
-            2 * RUNNER_RUN_S,
+            2 * run_s,
             lambda: single_stream(
-                f"{name} single_stream",
-                traffic.target,
-                name,
-                traffic.take(10_000),
-                RUNNER_OBJECTIVE,
-                RUNNER_RUN_S,
+                f"{name} single_stream", traffic.target, name, works, RUNNER_OBJECTIVE, run_s
             ),
         )
         if alone is None:
             return
-        count = max(8, int(len(alone.records) / alone.measured_s * RUNNER_RUN_S))
         together = await state.measure(
             f"{name} offline",
-            2 * RUNNER_RUN_S,
+            2 * run_s,
             lambda: offline(
-                f"{name} offline", traffic.target, name, traffic.take(count), RUNNER_OBJECTIVE, 16
+                f"{name} offline",
+                traffic.target,
+                name,
+                works[: max(8, int(len(alone.records) / alone.measured_s * run_s))],
+                RUNNER_OBJECTIVE,
+                RUNNER_IN_FLIGHT,
             ),
         )
         if together is None:
             return
-        rate_hz = RUNNER_SHARE * len(together.records) / together.measured_s
-        load = Load(state.rate_hz(f"{name} server", rate_hz), 1.5 * RUNNER_RUN_S, seed=seed)
+        rate_hz = RUNNER_RATE * len(together.records) / together.measured_s
+        load = Load(state.rate_hz(f"{name} server", rate_hz), 1.5 * run_s, seed=seed)
         await state.measure(
             f"{name} server",
-            3 * RUNNER_RUN_S,
+            3 * run_s,
             lambda: server(
                 f"{name} server", traffic.target, name, load, traffic.works, RUNNER_OBJECTIVE
             ),
         )
 
 
-async def _songs(state: Whole) -> None:
+async def _songs(state: Whole) -> float | None:
+    """Songs cold, warm and over gRPC; the offline rate, in songs of the knee's length a second."""
     plan = state.plan
-    for name, warm, count in (("songs cold", False, 5), ("songs warm", True, 7)):
-        async with state.songs(warm=warm) as traffic:
-            works = traffic.take(count)
-            await state.measure(
-                f"{name} single_stream",
-                60.0,
-                lambda name=name, traffic=traffic, works=works: single_stream(  # type: ignore[misc]
-                    f"{name} single_stream",
-                    traffic.target,
-                    traffic.name,
-                    works,
-                    plan.objective,
-                    45.0,
-                ),
-            )
+    for title, kind, warm, count in (
+        ("songs cold", plan.kind, False, 5),
+        ("songs warm", plan.kind, True, 5),
+        ("songs grpc", "grpc", False, 3),
+    ):
+        await _alone(state, f"{title} single_stream", kind, count, warm=warm)
     async with state.songs(length_s=None) as traffic:
         works = traffic.take(6)
-        await state.measure(
+        result = await state.measure(
             "songs offline",
-            60.0,
+            4.0 * plan.minutes,
             lambda: offline(
                 "songs offline",
                 traffic.target,
@@ -232,13 +239,33 @@ async def _songs(state: Whole) -> None:
                 plan.in_flight,
             ),
         )
+    if result is None:
+        return None
+    audio_s = sum(record.audio_s for record in result.records if record.is_ok)
+    return audio_s / result.measured_s / (plan.songs.length_s or 30.0)
+
+
+async def _alone(state: Whole, name: str, kind: str, count: int, *, warm: bool) -> None:
+    plan = state.plan
+    async with state.songs(kind, warm=warm) as traffic:
+        works = traffic.take(count)
+        await state.measure(
+            name,
+            4.0 * plan.minutes,
+            lambda: single_stream(
+                name, traffic.target, traffic.name, works, plan.objective, 3.0 * plan.minutes
+            ),
+        )
 
 
 async def _knee(state: Whole, offline_hz: float) -> None:
     """The knee, and the runs around it, in what is left of the time."""
+    plan = state.plan
     runs = MAX_PROBES + len(MULTIPLES) + FAULTS_RUN_SHARE
-    # A run sends for 1.2 times what it measures, and then waits for the last answers.
-    measured_s = (state.left_s / runs - DRAIN_S) / 1.2
+    # Past the knee some are waited for until patience ends.
+    past = sum(multiple > 1 for multiple in MULTIPLES)
+    waits_s = past * plan.objective.patience_s(plan.songs.length_s or LONGEST_S)
+    measured_s = ((state.left_s - waits_s) / runs - state.drain_s) / (1 + WARM_UP_SHARE)
 
     async def probe(rate_hz: float) -> bool:
         result = await _at_rate(state, f"probe {rate_hz:.4g}/s", rate_hz, measured_s, stops=True)
@@ -273,7 +300,7 @@ async def _at_rate(
     async with state.songs() as traffic:
         return await state.measure(
             name,
-            1.2 * measured_s + DRAIN_S,
+            (1 + WARM_UP_SHARE) * measured_s + state.drain_s,
             lambda: server(
                 name,
                 traffic.target,

@@ -1,7 +1,9 @@
 """A stand-in for the service, for the tests of the load generator: it computes nothing.
 
-    python -m tests.load_stand_in HTTP_PORT GRPC_PORT SECONDS
+    python -m tests.load_stand_in HTTP_PORT GRPC_PORT SOCKET SECONDS --service-name remix
 
+It listens for inferences and jobs on GRPC_PORT and on SOCKET, and starts a process that stands for
+a runner's.
 `POST /v1/remix` and `ModelInfer` answer after SECONDS; jobs take as long, one at a time, but for
 those whose body is `SLOW`.
 """
@@ -9,6 +11,7 @@ those whose body is `SLOW`.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,17 +20,32 @@ import grpc
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as protocol
+
+from remix_v1 import remix_pb2 as remix
+from remix_v1.remix_pb2_grpc import RemixServiceServicer, add_RemixServiceServicer_to_server
 
 SLOW = b"slow"
 """The body of a job that ends by being cancelled."""
 
 
-class StandIn(protocol.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Both faces."""
+MODEL = {
+    "name": "any",
+    "stage": "separate_stems",
+    "weights": "random",
+    "sample_rate_hz": 16_000,
+    "installed": True,
+    "default": True,
+}
+
+RUNNER = [sys.executable, "-c", "import time; time.sleep(3600)", "--service-name", "SeparateStems"]
+
+
+class StandIn(protocol.GRPCInferenceServiceServicer, RemixServiceServicer):  # type: ignore[misc]
+    """Every face."""
 
     def __init__(self, service_s: float) -> None:
         self._service_s = service_s
@@ -77,11 +95,50 @@ class StandIn(protocol.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 
-    async def artifact(self, request: Request) -> Response:
-        if request.path_params["name"] == "report.json":
-            stages = {"separate_stems": {"compute_s": self._service_s, "cache": "miss"}}
-            return JSONResponse({"times": {"stages": stages}})
-        return Response(b"RIFF", media_type="audio/wav")
+    async def audio(self, request: Request) -> Response:
+        async def stream() -> AsyncIterator[bytes]:
+            yield b"RIFF"
+            await asyncio.wait([self._jobs[request.path_params["id"]]])
+            yield b"data"
+
+        return StreamingResponse(stream(), media_type="audio/wav")
+
+    def report(self) -> dict[str, Any]:
+        return {"times": {"stages": {"separate_stems": {"compute_s": self._service_s}}}}
+
+    async def report_file(self, request: Request) -> Response:
+        return JSONResponse(self.report())
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"models": [MODEL]})
+
+    async def metrics(self, request: Request) -> Response:
+        return PlainTextResponse(f"# HELP\njobs_total {len(self._jobs)}.0\n")
+
+    async def SubmitRemix(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        parts = [request async for request in requests]
+        head, body = parts[0].head, b"".join(part.chunk for part in parts)
+        service_s = 3600.0 if body == SLOW else self._service_s
+        self._jobs[head.job_id] = asyncio.create_task(self._work(service_s))
+        return remix.Job(id=head.job_id, state=remix.JOB_STATE_QUEUED, options=head.options)
+
+    async def StreamAudio(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        yield remix.AudioChunk(chunk=b"RIFF")
+        await asyncio.wait([self._jobs[request.job_id]])
+        yield remix.AudioChunk(chunk=b"data")
+
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        await asyncio.wait([self._jobs[request.job_id]])
+        yield remix.JobEvent(id=1, progress=remix.Progress(stage="separate_stems", fraction=1.0))
+        yield remix.JobEvent(id=2, state=remix.JOB_STATE_DONE)
+
+    async def GetArtifact(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        yield remix.FilePart(file=remix.File(name=request.name))
+        yield remix.FilePart(chunk=json.dumps(self.report()).encode())
+
+    async def CancelJob(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._jobs[request.job_id].cancel()
+        return remix.Job(id=request.job_id, state=remix.JOB_STATE_CANCELLED)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         tensor = messages.ModelMetadataResponse.TensorMetadata(
@@ -95,17 +152,23 @@ class StandIn(protocol.GRPCInferenceServiceServicer):  # type: ignore[misc]
         response.parameters["queue_s"].double_param = 0.0
         response.parameters["compute_s"].double_param = self._service_s
         response.parameters["batch_rows"].int64_param = 1
+        response.outputs.add(name="samples", datatype="FP32", shape=[1, 250_000])
+        response.raw_output_contents.append(bytes(1_000_000))
         return response
 
 
-async def main(http_port: int, grpc_port: int, service_s: float) -> None:
+async def main(http_port: int, grpc_port: int, socket: str, service_s: float) -> None:
     stand_in = StandIn(service_s)
-    runner = grpc.aio.server()
-    protocol.add_GRPCInferenceServiceServicer_to_server(stand_in, runner)
-    runner.add_insecure_port(f"127.0.0.1:{grpc_port}")
-    await runner.start()
+    server = grpc.aio.server()
+    protocol.add_GRPCInferenceServiceServicer_to_server(stand_in, server)
+    add_RemixServiceServicer_to_server(stand_in, server)
+    server.add_insecure_port(f"127.0.0.1:{grpc_port}")
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
     routes = [
         Route("/readyz", stand_in.ready),
+        Route("/metrics", stand_in.metrics),
+        Route("/v1/models", stand_in.models),
         Route("/v1/remix", stand_in.remix, methods=["POST"]),
         Route("/full/v1/remix", stand_in.refuse, methods=["POST"]),
         Route("/states", stand_in.states),
@@ -113,13 +176,19 @@ async def main(http_port: int, grpc_port: int, service_s: float) -> None:
         Route("/v1/jobs/{id}", stand_in.job, methods=["GET"]),
         Route("/v1/jobs/{id}", stand_in.cancel, methods=["DELETE"]),
         Route("/v1/jobs/{id}/events", stand_in.events),
-        Route("/v1/jobs/{id}/artifacts/{name}", stand_in.artifact),
+        Route("/v1/jobs/{id}/audio", stand_in.audio),
+        Route("/v1/jobs/{id}/artifacts/report.json", stand_in.report_file),
     ]
     config = uvicorn.Config(
         Starlette(routes=routes), port=http_port, log_level="warning", lifespan="off"
     )
-    await uvicorn.Server(config).serve()
+    runner = await asyncio.create_subprocess_exec(*RUNNER)
+    try:
+        await uvicorn.Server(config).serve()
+    finally:
+        if runner.returncode is None:
+            runner.kill()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -29,11 +30,17 @@ from load_tests.generator import (
     closed_loop,
     open_loop,
 )
+from load_tests.grpc_target import GrpcTarget
 from load_tests.http_targets import JobsTarget, RemixTarget, open_client
+from load_tests.own_server import OwnServer
 from load_tests.processes import faults, processes_of, watching
+from load_tests.report import write
 from load_tests.runner_target import RunnerTarget, inference, input_shapes, open_channel
 from load_tests.runs import Load, Objective, server, summary
 from load_tests.schedule import constant
+from load_tests.songs import Recording
+from load_tests.traffic import Songs
+from load_tests.whole import Plan, whole
 from tests.conftest import ROOT
 from tests.load_stand_in import SLOW
 
@@ -43,20 +50,15 @@ SONG = Work(30.0, b"song" * 50_000, "application/octet-stream")
 WINDOW = inference("any", {"samples": np.zeros((1, 1600), np.float32)}, 0.1)
 
 
-@dataclass(frozen=True)
-class StandInProcess:
-    url: str
-    runner: str
-    pid: int
-
-
 @pytest.fixture(scope="module")
-def stand_in() -> Iterator[StandInProcess]:
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+    folder = tmp_path_factory.mktemp("stand_in")
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1] for probe in (one, two)]
-    command = [sys.executable, "-m", "tests.load_stand_in", *map(str, ports), str(SERVICE_S)]
+        ports = [str(probe.getsockname()[1]) for probe in (one, two)]
+    command = [sys.executable, "-m", "tests.load_stand_in", *ports]
+    command += [str(folder / "separate_stems.sock"), str(SERVICE_S), "--service-name", "remix"]
     process = subprocess.Popen(command, cwd=ROOT)
     try:
         url, until_s = f"http://127.0.0.1:{ports[0]}", time.monotonic() + 60
@@ -65,11 +67,11 @@ def stand_in() -> Iterator[StandInProcess]:
                 httpx.get(f"{url}/readyz", trust_env=False)
                 break
             time.sleep(0.05)
-        yield StandInProcess(url, f"127.0.0.1:{ports[1]}", process.pid)
+        yield OwnServer(url, f"127.0.0.1:{ports[1]}", process.pid, folder, 0.0)
     finally:
         process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(30)
 
 
 def patience_s(audio_s: float) -> float:
@@ -84,7 +86,7 @@ async def remix_run(url: str, rate_hz: float, for_s: float, events: tuple[Event,
 
 
 @pytest.mark.slow
-def test_server_stopped_for_six_seconds_shows_in_p99_and_maximum(stand_in: StandInProcess) -> None:
+def test_server_stopped_for_six_seconds_shows_in_p99_and_maximum(stand_in: OwnServer) -> None:
     """What a closed loop hides: it would have one slow request, of ten a second for 9 s."""
     run = asyncio.run(
         remix_run(stand_in.url, 10.0, 9.0, tuple(faults(stand_in.pid, "stop", 1.5, 6.0)))
@@ -182,7 +184,7 @@ def test_closed_loop_keeps_as_many_under_way_as_it_should() -> None:
 
 
 def test_remix_target_reads_the_answer_and_measures_its_first_byte(
-    stand_in: StandInProcess,
+    stand_in: OwnServer,
 ) -> None:
     run = asyncio.run(remix_run(stand_in.url, 50.0, 0.2))
     assert [record.answer.status for record in run.records] == [OK] * 10
@@ -192,7 +194,7 @@ def test_remix_target_reads_the_answer_and_measures_its_first_byte(
 
 
 def test_remix_target_says_the_code_of_a_refusal_and_comes_back_if_it_may(
-    stand_in: StandInProcess,
+    stand_in: OwnServer,
 ) -> None:
     async def run(retries: bool) -> Run:
         async with open_client(f"{stand_in.url}/full") as client:
@@ -205,7 +207,7 @@ def test_remix_target_says_the_code_of_a_refusal_and_comes_back_if_it_may(
     assert record.latency_s >= 0.5
 
 
-def test_jobs_target_follows_a_job_to_its_remix(stand_in: StandInProcess) -> None:
+def test_jobs_target_follows_a_job_to_its_remix(stand_in: OwnServer) -> None:
     async def run() -> Run:
         async with open_client(stand_in.url) as client:
             target = JobsTarget(client, retries=False)
@@ -215,12 +217,38 @@ def test_jobs_target_follows_a_job_to_its_remix(stand_in: StandInProcess) -> Non
     assert [record.answer.status for record in run_.records] == [OK] * 3
     assert max(record.latency_s for record in run_.records) >= 3 * SERVICE_S  # one at a time
     assert run_.records[0].answer.parts == {"separate_stems compute_s": SERVICE_S}
+    assert all(record.answer.first_s for record in run_.records)
 
 
-def test_jobs_target_cancels_a_job_that_nobody_waits_for(stand_in: StandInProcess) -> None:
+def test_jobs_target_cancels_a_job_that_nobody_waits_for(stand_in: OwnServer) -> None:
     async def run() -> list[object]:
         async with open_client(stand_in.url) as client:
             target = JobsTarget(client, retries=False)
+            plan = [(0.0, Work(30.0, SLOW))]
+            await open_loop(target, plan, in_flight=9, patience_s=lambda _: 2.0)
+            states: list[object] = (await client.get("/states")).json()
+            return states
+
+    assert asyncio.run(run())[-1] == "cancelled"
+
+
+def test_grpc_target_follows_a_job_to_its_remix(stand_in: OwnServer) -> None:
+    async def run() -> Run:
+        async with open_channel(stand_in.grpc) as channel:
+            target = GrpcTarget(channel, {"seed": 1}, key="")
+            return await open_loop(target, [(0.0, SONG)] * 3, in_flight=9, patience_s=patience_s)
+
+    run_ = asyncio.run(run())
+    assert [record.answer.status for record in run_.records] == [OK] * 3
+    assert max(record.latency_s for record in run_.records) >= 3 * SERVICE_S  # one at a time
+    assert run_.records[0].answer.parts == {"separate_stems compute_s": SERVICE_S}
+    assert all(record.answer.first_s for record in run_.records)
+
+
+def test_grpc_target_cancels_a_job_that_nobody_waits_for(stand_in: OwnServer) -> None:
+    async def run() -> list[object]:
+        async with open_channel(stand_in.grpc) as channel, open_client(stand_in.url) as client:
+            target = GrpcTarget(channel, {}, key="")
             plan = [(0.0, Work(30.0, SLOW))]
             await open_loop(target, plan, in_flight=9, patience_s=lambda _: 2.0)
             states: list[object] = (await client.get("/states")).json()
@@ -237,9 +265,9 @@ def test_nobody_there_is_unreachable() -> None:
     assert [record.answer.status for record in run.records] == ["unreachable"]
 
 
-def test_runner_target_reads_what_the_runner_says(stand_in: StandInProcess) -> None:
+def test_runner_target_reads_what_the_runner_says(stand_in: OwnServer) -> None:
     async def run() -> tuple[dict[str, tuple[int, ...]], Run]:
-        async with open_channel(stand_in.runner) as channel:
+        async with open_channel(stand_in.grpc) as channel:
             shapes = await input_shapes(channel, "any")
             plan = [(float(at_s), WINDOW) for at_s in constant(50.0, 0.2)]
             target = RunnerTarget(channel)
@@ -255,7 +283,7 @@ def test_runner_target_reads_what_the_runner_says(stand_in: StandInProcess) -> N
     }
 
 
-def test_summary_leaves_the_warm_up_out_and_can_be_written(stand_in: StandInProcess) -> None:
+def test_summary_leaves_the_warm_up_out_and_can_be_written(stand_in: OwnServer) -> None:
     async def run() -> dict[str, object]:
         async with open_client(stand_in.url) as client:
             load = Load(20.0, 1.0, "constant")
@@ -270,14 +298,15 @@ def test_summary_leaves_the_warm_up_out_and_can_be_written(stand_in: StandInProc
     assert found["audio_s_per_s"] == pytest.approx(600.0)
 
 
-def test_watch_names_the_processes_and_counts_what_they_hold(stand_in: StandInProcess) -> None:
+def test_watch_names_the_processes_and_counts_what_they_hold(stand_in: OwnServer) -> None:
     with watching(stand_in.pid, stand_in.url, series=False) as watch:
         pass
-    (held,) = (sample.holdings["parent"] for sample in watch.samples)
+    (held,) = (sample.holdings["remix"] for sample in watch.samples)
     assert held.processes == 1
     assert held.memory_bytes > 5e6  # Python with gRPC
     assert held.files > 3
-    assert [process.pid for process in processes_of(stand_in.pid)] == [stand_in.pid]
+    names = [process.name for process in processes_of(stand_in.pid)]
+    assert names == ["remix", "SeparateStems"]
 
 
 def test_kill_is_done_at_its_time() -> None:
@@ -292,3 +321,29 @@ def test_kill_is_done_at_its_time() -> None:
         )
     )
     assert child.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_whole_measurement_finds_a_knee_and_writes_its_report(
+    stand_in: OwnServer, tmp_path: Path
+) -> None:
+    """Against the stand-in: one job at a time, 20 ms each, so that 50 a second are the most."""
+    noise = np.random.default_rng(1).uniform(-0.5, 0.5, (8_000, 1)).astype(np.float32)
+    plan = Plan(
+        minutes=0.3,
+        songs=Songs([Recording(noise, 8_000)], length_s=0.5),
+        objective=Objective(2.0, 0.0),
+        kind="jobs",
+        in_flight=2,
+        seed=1,
+    )
+    begin_s = time.monotonic()
+    report = asyncio.run(whole(stand_in, plan, begin_s))
+    data, page = write(tmp_path, report)
+    names = {run["name"] for run in report["runs"]}
+    assert {"any offline", "songs warm single_stream", "songs offline"} <= names
+    assert report["knee"]["probes"] >= 1
+    assert len(names) + len(report["skipped"]) >= 12 + report["knee"]["probes"]
+    assert json.loads(data.read_text())["checks"]
+    assert "The knee" in page.read_text()
+    assert time.monotonic() - begin_s < 60.0
