@@ -117,7 +117,7 @@ def measured(made: Made, folder: Path, watch: Watch) -> dict[str, Any]:
         watch(f"making {precision}", 0.06 + 0.02 * index)
         path = graph.with_name(f"{graph.stem}.{precision}.onnx")
         try:
-            reduce_precision(precision, graph, path)
+            reduce_precision(precision, graph, path, made.original)
             files[precision] = path
         except InvalidModel as error:
             failed[f"onnx {precision}"] = str(error)
@@ -141,7 +141,7 @@ def finish(
     entry = made.entry
     if options.precision != "fp32":
         graph = made.models_dir / entry.files[0].path
-        reduce_precision(options.precision, graph, graph)
+        reduce_precision(options.precision, graph, graph, made.original)
         entry = replace(with_file(made, graph), backend={})
     if known:
         entry = replace(entry, max_batch=known.max_batch, backend=known.backend)

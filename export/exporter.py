@@ -84,6 +84,10 @@ class Original(ABC):
         """
         return None
 
+    def int8(self, graph: Path, out: Path) -> bool:
+        """Write the graph in int8 in the model's own way; False: as `export.variants` does it."""
+        return False
+
     @abstractmethod
     def weights(self) -> Arrays:
         """Initializer of `onnx()` -> the array that must stand in it, to the bit.

@@ -23,7 +23,8 @@ from export.random_weights import fill_at_random
 from export.read_arrays import read_arrays
 from export.real_audio import mono_song
 from export.so_vits import ServedVoice, fork_module, fuse_weight_norms
-from export.trace import Axes, to_onnx
+from export.static_int8 import quantise_convolutions
+from export.trace import Axes, to_onnx, to_torchscript
 from remix.errors import InvalidModel
 from remix.pitch import MIN_CONFIDENCE, interpolate_unvoiced
 from remix.stages import Tensors
@@ -43,6 +44,10 @@ F0_RANGE_HZ = (50.0, 1100.0)
 
 NOT_FOR_INFERENCE = ("enc_q.", "f0_decoder.")
 """Parts of the network that only training, or `auto_predict_f0`, runs: may be absent."""
+
+INT8_CHANNELS = 64
+"""Narrower residual blocks stay in float: they cost little, and all of so-vits-svc 4.0's decoder in
+int8 has 29 dB of SI-SDR against float, without them 32 dB (random weights)."""
 
 HARMONICS = 9
 TEMPLATES = {"so-vits-4.0": "so-vits-svc-4.0v1-legacy", "quickvc": "quickvc"}
@@ -84,15 +89,33 @@ class SoVits(Original):
     def onnx(self) -> onnx.ModelProto:
         """See `export_voice`."""
         model = export_voice(self.voice)
-        facts = {
+        onnx.helper.set_model_props(model, self._graph_facts())
+        return model
+
+    def _graph_facts(self) -> dict[str, str]:
+        return {
             "stage": self.stage,
             "kind": "voice",
             "content": CONTENT_OF[self.net.ssl_dim],
             "sample_rate_hz": str(self.sample_rate_hz),
             "frame_samples": str(self.voice.frame_samples),
         }
-        onnx.helper.set_model_props(model, facts)
-        return model
+
+    def int8(self, graph: Path, out: Path) -> bool:
+        """The decoder's wide residual blocks, most of all the work, in int8."""
+        examples = [self._inputs(1, 200), voice_inputs(self.voice, hum(1, 150))]
+        widths = [self.net.upsample_initial_channel >> level for level in range(1, 9)]
+        levels = sum(width >= INT8_CHANNELS for width in widths[: len(self.net.dec.ups)])
+        blocks = range(levels * self.net.dec.num_kernels)
+        quantise_convolutions(
+            graph, out, tuple(f"/resblocks.{block}/" for block in blocks), examples
+        )
+        return True
+
+    def torchscript(self) -> bytes:
+        """See `onnx`."""
+        inputs = as_tensors(voice_inputs(self.voice, hum(2, 120)))
+        return to_torchscript(self.voice, inputs, ["audio"], self._graph_facts())
 
     def weights(self) -> Arrays:
         """Every parameter of the parts that sing, with the weight norms multiplied out."""

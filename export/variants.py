@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from export.exporter import Original
 from remix.errors import InvalidModel
 
 
@@ -54,14 +55,15 @@ def _keep_facts(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
-def reduce_precision(precision: str, graph: Path, out: Path) -> None:
-    """Write a graph in one of `PRECISIONS`.
+def reduce_precision(precision: str, graph: Path, out: Path, original: Original) -> None:
+    """Write a graph in one of `PRECISIONS`; in int8 in the model's own way, if it has one.
 
     Raises:
         InvalidModel: the graph has something that the converter does not know.
     """
     try:
-        PRECISIONS[precision](graph, out)
+        if precision != "int8" or not original.int8(graph, out):
+            PRECISIONS[precision](graph, out)
     except Exception as error:  # the converters raise whatever a graph makes them raise
         raise InvalidModel(f"{graph.name} cannot be had in {precision}: {error!r:.200}") from error
 
