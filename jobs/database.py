@@ -26,6 +26,12 @@ BUSY_MS = 10_000
 THREADS = 4
 """Transactions at once. On SQLite they write one after the other anyway."""
 
+READERS = 2
+"""Threads that only read: what refuses a request does not queue behind those that write."""
+
+READS = "reads"
+"""Option of a connection whose transactions only read."""
+
 PATIENCE_S = 3.0
 """How long a request waits for a database that does not answer."""
 
@@ -72,7 +78,9 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
 
 def _begin_at_once(connection: sa.Connection) -> None:
     # A transaction that reads and then writes would fail, not wait, if another wrote between.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    # One that only reads sees what was there when it began, and waits for nobody.
+    is_reader = connection.get_execution_options().get(READS)
+    connection.exec_driver_sql("BEGIN" if is_reader else "BEGIN IMMEDIATE")
 
 
 class Database:
@@ -85,6 +93,7 @@ class Database:
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="database-reader")
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._lock: IO[str] | None = None
         self.failed_s = float("-inf")
@@ -102,12 +111,34 @@ class Database:
         Raises:
             StorageUnavailable: the database did not answer, or was full, for so long.
         """
+        return await self._try(self._threads, self.engine, work, patience_s)
+
+    async def read(self, work: Callable[[sa.Connection], Result]) -> Result:
+        """What `work` returns, which only reads; it waits for no writer.
+
+        Raises:
+            StorageUnavailable: see `call`.
+        """
+        reader = self.engine.execution_options(**{READS: True})
+        return await self._try(self._readers, reader, work, PATIENCE_S)
+
+    async def _try(
+        self,
+        threads: ThreadPoolExecutor,
+        engine: sa.Engine,
+        work: Callable[[sa.Connection], Result],
+        patience_s: float,
+    ) -> Result:
+        def transact() -> Result:
+            with engine.begin() as connection:
+                return work(connection)
+
         loop = asyncio.get_running_loop()
         until_s = time.monotonic() + patience_s
         wait_s = FIRST_WAIT_S
         while True:
             try:
-                return await loop.run_in_executor(self._threads, self._transact, work)
+                return await loop.run_in_executor(threads, transact)
             except (DBAPIError, sa.exc.TimeoutError) as error:
                 if not _is_away(error):
                     raise
@@ -116,10 +147,6 @@ class Database:
                     raise _unavailable(error, patience_s) from error
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-    def _transact(self, work: Callable[[sa.Connection], Result]) -> Result:
-        with self.engine.begin() as connection:
-            return work(connection)
 
     def is_alone(self) -> bool:
         """Whether no other process has this database open; a server's clients cannot tell.
@@ -147,6 +174,7 @@ class Database:
     def close(self) -> None:
         """Close every connection."""
         self._threads.shutdown()
+        self._readers.shutdown()
         self.engine.dispose()
         if self._lock is not None:
             self._lock.close()

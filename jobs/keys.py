@@ -171,7 +171,7 @@ class KeyStore:
     async def list(self) -> list[ApiKey]:
         """Every key, those that were revoked too, the oldest first."""
         every = sa.select(_TABLE).order_by(_TABLE.c.created_s, _TABLE.c.id)
-        rows = await self._database.call(lambda connection: connection.execute(every).all())
+        rows = await self._database.read(lambda connection: connection.execute(every).all())
         return [_key(row) for row in rows]
 
     async def revoke(self, key_id: str) -> ApiKey:

@@ -333,7 +333,7 @@ class Store:
 
     async def outlook(self) -> tuple[Load, list[Started]]:
         """What there is to do, and what was begun: who of them is next follows from both."""
-        return await self.database.call(lambda db: (self._load(db), self._started(db)))
+        return await self.database.read(lambda db: (self._load(db), self._started(db)))
 
     # --- the holder ---------------------------------------------------------------------------
 

@@ -279,3 +279,14 @@ def test_keys_are_made_listed_and_revoked_without_a_server(tmp_path: Path) -> No
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
     assert "nobody" in refused.stderr
+
+
+def test_reader_waits_for_no_writer(database: Database) -> None:
+    """What lets callers in, and refuses them, must answer while a job's rows are written."""
+    asyncio.run(KeyStore(database).add("ann", ["remix"]))
+    with database.engine.begin() as writer:  # holds SQLite's one lock until the block ends
+        writer.execute(sa.text("update api_keys set name = 'eve'"))
+        (key,) = asyncio.run(asyncio.wait_for(KeyStore(database).list(), 5.0))
+        assert key.name == "ann"
+    (key,) = asyncio.run(KeyStore(database).list())
+    assert key.name == "eve"
