@@ -36,14 +36,15 @@ class Kind:
     Args:
         code: of the call.
         reason: of the ErrorInfo.
-        field: of the request that is to be mended, for a BadRequest; empty for none.
+        field: of the request that is to be mended, for a BadRequest; empty where it is another one
+            each time, and the message names it; None for no BadRequest.
         quota: what is used up, for a QuotaFailure; empty for none.
         retry_after_s: for a RetryInfo, where the error does not know better; None for none.
     """
 
     code: grpc.StatusCode
     reason: str
-    field: str = ""
+    field: str | None = None
     quota: str = ""
     retry_after_s: float | None = None
 
@@ -53,8 +54,8 @@ INTERNAL = Kind(grpc.StatusCode.INTERNAL, "INTERNAL")
 KINDS: Mapping[type[errors.RemixError], Kind] = {
     errors.InvalidAudio: Kind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO", field="chunk"),
     errors.InvalidNotes: Kind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_NOTES", field="chunk"),
-    errors.InvalidOption: Kind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_OPTION", field="head"),
-    errors.LimitExceeded: Kind(grpc.StatusCode.OUT_OF_RANGE, "LIMIT_EXCEEDED", field="chunk"),
+    errors.InvalidOption: Kind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_OPTION", field=""),
+    errors.LimitExceeded: Kind(grpc.StatusCode.OUT_OF_RANGE, "LIMIT_EXCEEDED", field=""),
     errors.NotFound: Kind(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.Conflict: Kind(grpc.StatusCode.ALREADY_EXISTS, "CONFLICT"),
     errors.InvalidModel: Kind(grpc.StatusCode.FAILED_PRECONDITION, "INVALID_MODEL"),
@@ -104,7 +105,7 @@ def status_of(error: BaseException) -> Status:
     if error.remedy is not None:
         info.metadata["remedy"] = error.remedy[:MAX_TEXT]
     _add(status, info)
-    if kind.field:
+    if kind.field is not None:
         _add(
             status,
             details.BadRequest(
