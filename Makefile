@@ -50,10 +50,13 @@ proto: export-environment  ## generate remix_v1/ from proto/remix/v1/remix.proto
 	.venv-dev/bin/python -m grpc_tools.protoc -Iremix_v1=proto/remix/v1 \
 		--python_out=. --pyi_out=. --grpc_python_out=. remix_v1/remix.proto
 
+# These take minutes of a whole server: `make bench-service` runs them.
+SERVICE_BENCHMARKS := admission quote
+
 .PHONY: bench
 bench: export-environment  ## the project's benchmarks; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	for module in $(filter-out __init__,$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for module in $(filter-out __init__ $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
 
@@ -64,6 +67,11 @@ export-check: export-environment  ## every architecture at full size: exported, 
 .PHONY: bench-export
 bench-export: export-environment  ## what is served against the originals' own calls, in turn
 	@.venv-dev/bin/python -m benchmarks.export
+
+.PHONY: bench-service
+bench-service: export-environment  ## overload and quotes, against a server of its own; ten minutes
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	for module in $(SERVICE_BENCHMARKS); do .venv-dev/bin/python -m benchmarks.$$module; done
 
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
