@@ -26,9 +26,10 @@ from export.architectures import architecture_of
 from export.artefact import Wanted, record, write_artefact
 from export.compare import si_sdr_db
 from export.exporter import Original
-from export.report import machine
+from export.report import Made, machine, with_file
 from export.serve import ServedCall
 from export.time_calls import Side, cores, time_in_turn
+from export.variants import reduce_precision
 from remix.manifest import MANIFEST_PATH, ModelEntry, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
@@ -40,8 +41,12 @@ TARGETS = {"htdemucs": 1.8, "quickvc": 2.0, "fcpe": 1.0, "basic-pitch": 1.0}
 
 NOISE = 0.97
 
-LEAST_AGREEMENT_DB = 40.0
-"""SI-SDR of what is served against the original, of HTDemucs."""
+PRECISION = {"quickvc": "int8"}
+"""What is served on a CPU where it is not fp32: in fp32 a vocoder is at the processor's peak on
+both sides."""
+
+LEAST_AGREEMENT_DB = {"htdemucs": 40.0, "quickvc": 30.0}
+"""SI-SDR of what is served against the original; 30 dB in reduced precision."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +79,10 @@ def measure(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, A
     architecture.write_random(checkpoint)
     original = architecture.load(checkpoint)
     written = write_artefact(original, Wanted(f"{name}-random", "random"), models)
+    if precision := PRECISION.get(name):
+        graph = models / written.files[0].path
+        reduce_precision(precision, graph, graph, original)
+        written = with_file(Made(original, name, checkpoint, written, models), graph)
     entry = replace(written, backend=backend_of(name))
     manifest, inputs_path = folder / "models.toml", folder / "inputs.npz"
     manifest.write_text("")
@@ -92,6 +101,7 @@ def measure(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, A
     return {
         "call": f"a song of {seconds:g} s" if "song" in inputs else "one window",
         "backend": entry.backend.get("cpu", "onnx"),
+        "precision": PRECISION.get(name, "fp32"),
         "timings": {side: asdict(timing) for side, timing in timings.items()},
         "summary": {
             "times_as_fast": times,
@@ -102,7 +112,7 @@ def measure(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, A
             "holds": (
                 times >= TARGETS.get(name, 0.0) * (NOISE if TARGETS.get(name) == 1.0 else 1.0)
                 and second.peak_mb <= first.peak_mb
-                and (name != "htdemucs" or agreement >= LEAST_AGREEMENT_DB)
+                and agreement >= LEAST_AGREEMENT_DB.get(name, -np.inf)
             ),
         },
     }
@@ -132,7 +142,8 @@ def agreement_db(
     original: Original, entry: ModelEntry, settings: Settings, inputs: Tensors
 ) -> float:
     """SI-SDR of the served outputs, the worst of them (and of every stem), on one call."""
-    expected, found = original.reference(inputs), ServedCall(entry, settings)(inputs)
+    expected = original.reference(inputs)
+    found = original.served(ServedCall(entry, settings), inputs)
     ratios = []
     for name, array in expected.items():
         parts = array.shape[1] if name == "stems" else 1
