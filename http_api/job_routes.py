@@ -210,14 +210,16 @@ def _add_events(app: FastAPI, desk: Desk) -> None:
 
         Whoever comes back for more after the last event gets 204, which tells browsers to stop.
         """
-        events = desk.jobs.events(job_id, caller_of(request).owner, last_event_id)
-        try:
-            first = await anext(events)
-        except StopAsyncIteration:
+        owner = caller_of(request).owner
+        job = await desk.jobs.get(job_id, owner)
+        events = desk.jobs.events(job_id, owner, last_event_id)
+        first = [event async for event in events] if job.has_ended else []
+        if job.has_ended and not first:
             return Response(status_code=204)
 
         async def stream() -> AsyncIterator[bytes]:
-            yield _sse(first)
+            for event in first:
+                yield _sse(event)
             async for event in events:
                 yield _sse(event)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jobs.estimate import Cost, Estimator, Span
+from jobs.rows import Load, Running
 from jobs.schedule import Started, Waiting
-from jobs.store import Load, Running
 
 ANOTHER = "another"
 """Stands for the job that is not there yet; ids of jobs are longer."""

@@ -1,9 +1,12 @@
-"""What makes two requests the same, and two results."""
+"""What makes two requests the same, and two results; names of jobs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
+import time
 from functools import cache
 from pathlib import Path
 
@@ -44,3 +47,17 @@ def result_id(
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def new_uid() -> str:
+    """A name that no job has had, greater than those before it."""
+    return f"{int(1000 * time.time()):012x}{secrets.token_hex(10)}"
+
+
+def time_of(uid: str) -> float:
+    """When a name was made; the end of time for what is none.
+
+    >>> abs(time_of(new_uid()) - time.time()) < 1
+    True
+    """
+    return int(uid[:12], 16) / 1000 if re.fullmatch("[0-9a-f]{32}", uid) else float("inf")

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
 import re
-import secrets
-import socket
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import anyio.to_thread
 
+from jobs.bells import Bells
 from jobs.database import Database
 from jobs.estimate import Estimator
 from jobs.files import Files
 from jobs.forecast import Forecaster
-from jobs.identity import request_id, result_id
-from jobs.job import ArtifactInfo, Job, JobEvent, JobFailure, JobPage, State
+from jobs.identity import new_uid, request_id, result_id
+from jobs.job import ArtifactInfo, Job, JobEvent, JobPage, State
+from jobs.rows import Load, Request, Row
 from jobs.schedule import Started
-from jobs.store import Claim, Load, LostClaim, Request, Row, Store, StoredArtifact
+from jobs.store import Store
 from jobs.webhook import Webhooks
-from jobs.work import Workshop, song_path
-from jobs.workflow import Outcome, Workflows
+from jobs.work import song_path
+from jobs.worker import Worker
 from remix import errors
 from remix.composer import Composer
-from remix.errors import (
-    InvalidOption,
-    NotFound,
-    QueueFull,
-    RemixError,
-    RunnerUnavailable,
-    StorageUnavailable,
-    excerpt,
-)
+from remix.errors import InvalidOption, NotFound, RemixError, RunnerUnavailable, excerpt
 from remix.manifest import sha256_of
 from remix.mix_tracks import SAMPLE_RATE_HZ
 from remix.models import choose_models
@@ -56,27 +42,7 @@ POLL_S = 1.0
 HEARTBEAT_S = 10.0
 """After so much silence a watcher is told that there is nothing new."""
 
-LEASES_RENEWED = 4
-"""Times within a lease: three renewals may fail before others take over."""
-
-RETRY_S = (1.0, 2.0, 5.0, 10.0)
-"""Between tries of work that failed because a runner, the database or a disk was away."""
-
-PATIENCE_S = 3_600.0
-"""How long a job waits for what is away, in all, before it fails."""
-
-MAX_ATTEMPTS = 20
-"""A job whose composer died so often has killed it."""
-
-SWEEP_S = 30.0
-"""Between two looks for what has been kept for long enough."""
-
-ORPHAN_S = 3_600.0
-"""A folder of files that is so old and belongs to no job was left by a crash."""
-
 PIECE_BYTES = 1 << 18
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,43 +69,6 @@ class Artifact:
             yield piece
 
 
-@dataclass(eq=False)
-class _Held:
-    """A job that this composer works on."""
-
-    claim: Claim
-    has_settled: bool = False
-    is_cancelled: bool = False
-    making: asyncio.Task[Outcome] | None = None
-
-    def stop(self) -> None:
-        """End its compute."""
-        if self.making is not None:
-            self.making.cancel()
-
-
-class _Bells:
-    """Wake whoever waits for news of a job."""
-
-    def __init__(self) -> None:
-        self._bells: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
-
-    def listen(self, uid: str) -> Callable[[float], Coroutine[Any, Any, None]]:
-        """From now on; await the result to hear it, for so many seconds at most."""
-        bell = self._bells[uid]
-
-        async def hear(timeout_s: float) -> None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(bell.wait(), timeout_s)
-
-        return hear
-
-    def ring(self, uid: str) -> None:
-        """There is news."""
-        if (bell := self._bells.pop(uid, None)) is not None:
-            bell.set()
-
-
 class Jobs:
     """All that can be done with jobs, for every transport.
 
@@ -160,62 +89,28 @@ class Jobs:
         estimator: Estimator,
         database: Database,
     ) -> None:
-        self._settings = settings
-        self._database = database
+        self._max_waiting = settings.max_waiting_jobs
         self._composer = composer
         self._estimator = estimator
         self._forecaster = Forecaster(estimator, settings.max_remixes)
-        self._files = Files(settings.artifacts_url)
         self._webhooks = Webhooks(settings.webhook_hosts, settings.webhook_secret)
-        self._bells = _Bells()
-        self._held: dict[str, _Held] = {}
-        self._wake = asyncio.Event()
-        self._left = asyncio.Event()
-        self._loops: list[asyncio.Task[None]] = []
-        self._is_stopping = False
+        self._files = Files(settings.artifacts_url)
+        self._bells = Bells()
+        self._store = Store(database, settings.retention_s)
+        self._worker = Worker(settings, composer, estimator, database, self._files, self._bells)
 
     async def start(self) -> None:
         """Take up what a dead composer left, and begin to work."""
-        settings = self._settings
-        holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._store = Store(self._database, holder, settings.lease_s, settings.retention_s)
-        self._workshop = Workshop(self._store, self._files, self._composer)
-        self._workflows = Workflows(settings.database_url, holder, self)
-        if await anyio.to_thread.run_sync(self._database.is_alone):
-            await self._store.void_leases()
-        await self._workflows.start()
-        self._loops = [asyncio.create_task(self._dispatch_on())]
-        self._loops += [
-            asyncio.create_task(self._forever(work, every_s))
-            for work, every_s in (
-                (self._renew, settings.lease_s / LEASES_RENEWED),
-                (self._sweep, min(SWEEP_S, max(1.0, settings.retention_s / 4))),
-            )
-        ]
+        await self._worker.start()
 
     async def drain(self, limit_s: float) -> None:
         """Begin nothing more, and wait until what runs has ended, for so long at most."""
-        self._is_stopping = True
-        until_s = time.monotonic() + limit_s
-        while self._held and (left_s := until_s - time.monotonic()) > 0:
-            self._left.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), left_s)
+        await self._worker.drain(limit_s)
 
     async def stop(self) -> None:
         """Leave what has not ended to others, who go on from its last checkpoint."""
-        self._is_stopping = True
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
-        left = [held.claim for held in self._held.values()]
-        await self._workflows.stop()
-        for claim in left:
-            with suppress(LostClaim, StorageUnavailable):
-                await self._store.release(claim)
+        await self._worker.stop()
         self._files.close()
-
-    # --- for callers --------------------------------------------------------------------------
 
     async def submit(
         self,
@@ -243,14 +138,14 @@ class Jobs:
             QueueFull: as many jobs wait as may.
             RunnerUnavailable: the service is stopping.
         """
-        if self._is_stopping:
+        if self._worker.is_stopping:
             raise RunnerUnavailable(
                 "The service is stopping; it must be ready.",
                 value="not ready",
                 limit="ready",
                 remedy="Try again when GET /readyz answers 200.",
             )
-        uid = _new_uid()
+        uid = new_uid()
         if job_id is None:
             job_id = uid
         check_job_id(job_id)
@@ -274,13 +169,13 @@ class Jobs:
         del audio
         await self._files.run(self._files.put, song_path(uid), song)
         try:
-            row, is_new = await self._store.submit(uid, request, self._settings.max_waiting_jobs)
+            row, is_new = await self._store.submit(uid, request, self._max_waiting)
         except BaseException:
             await self._files.run(self._files.delete, [uid])
             raise
         if not is_new:
             await self._files.run(self._files.delete, [uid])
-        self._wake.set()
+        self._worker.wake()
         return await self._told(row)
 
     async def get(self, job_id: str, owner: str = "") -> Job:
@@ -320,10 +215,8 @@ class Jobs:
         """
         row = await self._store.cancel(owner, job_id)
         if row.job.state == "cancelled":
-            if (held := self._held.get(row.uid)) is not None and not held.has_settled:
-                held.is_cancelled = True
-                held.stop()
-            elif row.job.attempt == 0:
+            is_here = self._worker.cancel(row.uid)
+            if not is_here and row.job.attempt == 0:
                 await self._files.run(self._files.delete, [row.uid])
         self._bells.ring(row.uid)
         return await self._told(row)
@@ -429,214 +322,6 @@ class Jobs:
         place, end_s = outlooks[row.uid]
         return replace(row.job, position=place, estimate_s=round(end_s, 1))
 
-    # --- the work -----------------------------------------------------------------------------
-
-    async def _forever(self, work: Callable[[], Coroutine[Any, Any, None]], every_s: float) -> None:
-        while True:
-            await _logged(work())
-            await asyncio.sleep(every_s)
-
-    async def _dispatch_on(self) -> None:
-        while True:
-            self._wake.clear()
-            await _logged(self._dispatch())
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), POLL_S)
-
-    async def _dispatch(self) -> None:
-        """Begin what can be begun: first what was interrupted, then whose turn it is."""
-        while self._has_room():
-            claim = await self._next()
-            if claim is None:
-                return
-            self._held[claim.uid] = _Held(claim)
-            self._bells.ring(claim.uid)
-            try:
-                await self._workflows.begin(claim.uid, claim.attempt == 1)
-            except BaseException:
-                self._held.pop(claim.uid, None)  # its lease runs out, and somebody tries again
-                raise
-
-    def _has_room(self) -> bool:
-        working = sum(not held.has_settled for held in self._held.values())
-        return not self._is_stopping and working < self._settings.max_remixes
-
-    async def _next(self) -> Claim | None:
-        # After an outage of the database nobody could renew a lease: give everybody the time.
-        if time.monotonic() - self._database.failed_s > self._settings.lease_s:
-            for uid in await self._store.abandoned():
-                if uid not in self._held and (claim := await self._store.take_over(uid)):
-                    _log.warning("Job %s goes on here, in attempt %d.", uid, claim.attempt)
-                    return claim
-        return await self._store.begin_next()
-
-    async def _renew(self) -> None:
-        """Keep what is held; let go of what is not any more."""
-        held = list(self._held.values())
-        if not held:
-            return
-        good = await self._store.renew([one.claim for one in held])
-        for one in held:
-            if one.claim in good or one.has_settled:
-                continue
-            with suppress(LostClaim):
-                one.is_cancelled = (await self._store.row(one.claim)).job.state == "cancelled"
-            one.stop()
-
-    async def _sweep(self) -> None:
-        """Delete what has been kept for long enough, and what a crash left."""
-        if uids := await self._store.expired():
-            await self._files.run(self._files.delete, uids)
-            await self._workflows.forget(uids)
-            await self._store.forget(uids)
-        folders = await self._files.run(self._files.folders)
-        old = [uid for uid in folders if time.time() - _time_of(uid) > ORPHAN_S]
-        if orphans := await self._store.unknown(old):
-            await self._files.run(self._files.delete, sorted(orphans))
-
-    # --- jobs.workflow.Steps ------------------------------------------------------------------
-
-    async def make(self, uid: str) -> Outcome:
-        """Do the work; what it came to, for `settle`.
-
-        A cancelled job comes to nothing. Who has lost the claim, or stops, raises CancelledError:
-        the step is not done then, and is begun again elsewhere.
-        """
-        held = self._held[uid]
-        held.making = asyncio.create_task(self._make(held.claim))
-        try:
-            return await held.making
-        except LostClaim as error:
-            raise asyncio.CancelledError from error
-        except asyncio.CancelledError:
-            if held.is_cancelled:
-                return {}
-            raise
-        finally:
-            held.making = None
-
-    async def _make(self, claim: Claim) -> Outcome:
-        start_s = time.monotonic()
-        waits_s = iter(RETRY_S)
-        wait_s = next(waits_s)
-        while True:
-            try:
-                return await self._try(claim)
-            except (RunnerUnavailable, StorageUnavailable, QueueFull) as error:
-                if time.monotonic() - start_s > PATIENCE_S:
-                    return _failed(error)
-                _log.warning("Job %s waits: %s", claim.uid, error)
-                await asyncio.sleep(wait_s)
-                wait_s = next(waits_s, wait_s)
-            except RemixError as error:
-                return _failed(error)
-            except LostClaim:
-                raise
-            except Exception:  # noqa: BLE001 - whatever it is, it is the job's
-                _log.exception("Job %s failed", claim.uid)
-                return _failed(
-                    RemixError("Something failed that should not have; the server's log has it.")
-                )
-
-    async def _try(self, claim: Claim) -> Outcome:
-        row = await self._store.row(claim)
-        if row.job.has_ended:
-            return {}
-        if claim.attempt > MAX_ATTEMPTS:
-            return _failed(
-                RemixError(
-                    f"{MAX_ATTEMPTS} attempts ended with their server's death; no more are made.",
-                    value=claim.attempt - 1,
-                    limit=MAX_ATTEMPTS,
-                    remedy="Send another song; the server's log may say why.",
-                )
-            )
-        with self._estimator.running(row.duration_s) as run:
-            made = await self._workshop.make(claim, row, self._bells.ring)
-            run.teaches = made.is_cold and claim.attempt == 1
-        stored = [asdict(artifact) for artifact in made.stored]
-        return {"artifacts": stored, "cost_s": run.done_s}
-
-    async def settle(self, uid: str, outcome: Outcome) -> bool:
-        """Let the job end, and delete what it needs no more; whether there is a webhook."""
-        held = self._held[uid]
-        with _lost_is_cancelled():
-            if outcome:
-                await self._store.settle(
-                    held.claim, _settled(outcome), outcome["cost_s"], PATIENCE_S
-                )
-            row = await self._store.row(held.claim, PATIENCE_S)
-        held.has_settled = True
-        self._wake.set()
-        self._bells.ring(uid)
-        return bool(row.webhook_url)
-
-    async def notify(self, uid: str) -> None:
-        """Tell the webhook."""
-        with _lost_is_cancelled():
-            row = await self._store.row(self._held[uid].claim)
-        await self._webhooks.tell(row.webhook_url, row.job)
-
-    async def close(self, uid: str) -> None:
-        """Leave nothing to do but to keep the files for a while."""
-        claim = self._held[uid].claim
-        with _lost_is_cancelled():
-            row = await self._store.row(claim, PATIENCE_S)
-            await self._tidy(row)
-            await self._store.close(claim, PATIENCE_S)
-
-    async def _tidy(self, row: Row) -> None:
-        """Delete the song, the sound that was played, and files of attempts that came to naught."""
-        kept = {stored.path for stored in row.stored}
-        try:
-            found = await self._files.run(self._files.find, row.uid)
-            doomed = [file.path for file in found if file.path not in kept] if kept else [row.uid]
-            await self._files.run(self._files.delete, doomed)
-        except StorageUnavailable as error:
-            _log.warning("Files of job %s stay until it expires: %s", row.uid, error)
-
-    def left(self, uid: str) -> None:
-        """The workflow is over here, however it ended."""
-        self._held.pop(uid, None)
-        self._left.set()
-        self._wake.set()
-        self._bells.ring(uid)
-
-
-async def _logged(work: Coroutine[Any, Any, None]) -> None:
-    """What goes wrong in the background is for the log; the next time it may go right."""
-    try:
-        await work
-    except StorageUnavailable as error:
-        _log.warning("Jobs stand still: %s", error)
-    except Exception:  # noqa: BLE001 - one that ended would leave every job lying
-        _log.exception("Jobs go on after an error of ours")
-
-
-@contextmanager
-def _lost_is_cancelled() -> Iterator[None]:
-    """A step of one who has lost the claim is not done: it is cancelled, and others do it."""
-    try:
-        yield
-    except LostClaim as error:
-        raise asyncio.CancelledError from error
-
-
-def _failed(error: RemixError) -> Outcome:
-    """What an attempt came to that failed."""
-    failure = JobFailure(type(error).__name__, str(error), error.value, error.limit, error.remedy)
-    return {"failure": asdict(failure), "cost_s": 0.0}
-
-
-def _settled(outcome: Outcome) -> tuple[StoredArtifact, ...] | JobFailure:
-    """The same again, from its JSON."""
-    if "failure" in outcome:
-        return JobFailure(**outcome["failure"])
-    return tuple(
-        StoredArtifact(ArtifactInfo(**artifact["info"]), artifact["path"])
-        for artifact in outcome["artifacts"]
-    )
-
 
 def _ending(job: Job) -> RemixError:
     """Why there is no sound to come of a job that has ended without any."""
@@ -669,17 +354,3 @@ def _gone(name: str) -> NotFound:
         limit="a file that is kept",
         remedy="Submit the job again.",
     )
-
-
-def _new_uid() -> str:
-    """A name that no job has had, greater than those before it."""
-    return f"{int(1000 * time.time()):012x}{secrets.token_hex(10)}"
-
-
-def _time_of(uid: str) -> float:
-    """When a name was made; the end of time for what is none.
-
-    >>> abs(_time_of(_new_uid()) - time.time()) < 1
-    True
-    """
-    return int(uid[:12], 16) / 1000 if re.fullmatch("[0-9a-f]{32}", uid) else float("inf")

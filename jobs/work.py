@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.claims import Claim, Claims
 from jobs.files import Files
 from jobs.job import ArtifactInfo
-from jobs.store import Claim, Row, Store, StoredArtifact, played_path
+from jobs.rows import Row, StoredArtifact, played_path
 from remix.audio import Audio, Samples
 from remix.audio_codec import encode
 from remix.composer import Composer
@@ -41,7 +42,7 @@ class Attempt:
     """Progress and sound of one attempt, on their way into the store.
 
     Args:
-        store: where they are noted.
+        claims: where they are noted.
         files: where the sound goes.
         claim: in whose name.
         length_samples: of the song.
@@ -50,13 +51,13 @@ class Attempt:
 
     def __init__(
         self,
-        store: Store,
+        claims: Claims,
         files: Files,
         claim: Claim,
         length_samples: int,
         ring: Callable[[str], None],
     ) -> None:
-        self._store = store
+        self._claims = claims
         self._files = files
         self._claim = claim
         self._ring = ring
@@ -99,7 +100,7 @@ class Attempt:
         fractions, self._fractions = self._fractions, {}
         if fractions:
             try:
-                await self._store.progress(self._claim, fractions)
+                await self._claims.progress(self._claim, fractions)
             except StorageUnavailable:
                 self._fractions = {**fractions, **self._fractions}
                 raise
@@ -115,7 +116,7 @@ class Attempt:
         start, stop = self._played_bytes, self._played_bytes + len(sound)
         path = played_path(self._claim.uid, self._claim.attempt, start, stop)
         await self._files.run(self._files.write, path, sound)
-        await self._store.play(self._claim, start, stop)
+        await self._claims.play(self._claim, start, stop)
         self._sound[0] = b""
         self._played_bytes = stop
         self._ring(self._claim.uid)
@@ -154,13 +155,13 @@ class Workshop:
     """Makes the files of jobs.
 
     Args:
-        store: the rows.
+        claims: the rows.
         files: songs, and what is made of them.
         composer: does the work.
     """
 
-    def __init__(self, store: Store, files: Files, composer: Composer) -> None:
-        self._store = store
+    def __init__(self, claims: Claims, files: Files, composer: Composer) -> None:
+        self._claims = claims
         self._files = files
         self._composer = composer
 
@@ -172,13 +173,13 @@ class Workshop:
             LostClaim: the attempt counts no more.
         """
         folder = f"{claim.uid}/{claim.attempt}"
-        if (twin := await self._store.twin(row)) is not None:
+        if (twin := await self._claims.twin(row)) is not None:
             try:
                 return Made(await self._files.run(self._copy, twin.stored, folder), is_cold=False)
             except StorageUnavailable as error:
                 _log.warning("The files of the job before are not there: %s", error)
         length_samples = round(row.duration_s * SAMPLE_RATE_HZ)
-        attempt = Attempt(self._store, self._files, claim, length_samples, ring)
+        attempt = Attempt(self._claims, self._files, claim, length_samples, ring)
         with tempfile.NamedTemporaryFile(prefix="philharmonics-") as song:
             await self._files.run(self._files.fetch, song_path(claim.uid), Path(song.name))
             try:

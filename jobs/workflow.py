@@ -3,7 +3,7 @@
     make ── settle ── notify ── close
 
 A job's workflow has the job's uid for its id, so there is one of it ever. It runs where the job was
-claimed (`jobs.store`): begun there, or, after its last composer's death, resumed there, which is
+claimed (`jobs.claims`): begun there, or, after its last composer's death, resumed there, which is
 when dbos gives it a new owner and refuses what the old one would still record: a second fence,
 behind ours. A step whose result is recorded is not run again.
 
@@ -32,7 +32,7 @@ from dbos import (
 APPLICATION_VERSION = "1"
 """dbos resumes only workflows of its own version: raise this when the steps change."""
 
-POLL_S = 0.2
+POLL_S = 0.5
 """How long a resumed job waits in the queue at most."""
 
 NOTIFY_ATTEMPTS, NOTIFY_INTERVAL_S, NOTIFY_BACKOFF = 6, 2.0, 3.0

@@ -19,7 +19,7 @@ from jobs.estimate import Span
 from jobs.forecast import Forecast
 from jobs.keys import SCOPES
 from jobs.schedule import Waiting
-from jobs.store import Running
+from jobs.rows import Running
 from remix.errors import QueueFull, RunnerUnavailable
 from remix.stages import STAGES
 from tests.conftest import SLOW_SEED, ServerProcess, serving

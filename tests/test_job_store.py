@@ -10,16 +10,23 @@ from typing import Any
 
 import pytest
 
+from jobs.claims import Claim, Claims, LostClaim
 from jobs.database import Database, open_database
 from jobs.job import ArtifactInfo, JobFailure
-from jobs.store import Claim, LostClaim, Request, Store, StoredArtifact
+from jobs.rows import Request, StoredArtifact
+from jobs.store import Store
 from remix.errors import Conflict, NotFound, QueueFull, StorageUnavailable
 from remix.options import RemixOptions
 from tests.postgres import postgres
 
 FILES = (StoredArtifact(ArtifactInfo("remix.wav", "audio/wav", 4, "ab"), "u/1/remix.wav"),)
 
-MakeStore = Callable[..., Store]
+
+class Whole(Claims, Store):
+    """All that a composer does with rows, for its callers and for itself."""
+
+
+MakeStore = Callable[..., Whole]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,8 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
         url = request.getfixturevalue("server")
     database = Database(open_database(url))
 
-    def make(holder: str, lease_s: float = 60.0, retention_s: float = 3600.0) -> Store:
-        return Store(database, holder, lease_s, retention_s)
+    def make(holder: str, lease_s: float = 60.0, retention_s: float = 3600.0) -> Whole:
+        return Whole(database, holder, lease_s, retention_s)
 
     yield make
     uids = asyncio.run(_all(make("cleaner")))
@@ -45,7 +52,7 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
     database.close()
 
 
-async def _all(store: Store) -> list[str]:
+async def _all(store: Whole) -> list[str]:
     return [row.uid for owner in ("ann", "eve") for row in await store.page(owner, None, None, 99)]
 
 
@@ -62,11 +69,11 @@ def request(job_id: str, owner: str = "ann", **others: Any) -> Request:
     return replace(asked, **others)
 
 
-async def submit(store: Store, number: int, **others: Any) -> None:
+async def submit(store: Whole, number: int, **others: Any) -> None:
     await store.submit(uid(number), request(f"job-{number}", **others), 99)
 
 
-async def begun(store: Store) -> Claim:
+async def begun(store: Whole) -> Claim:
     claim = await store.begin_next()
     assert claim is not None
     return claim
@@ -295,7 +302,7 @@ def test_database_that_is_away_is_said_to_be_and_comes_back() -> None:
     async def work() -> None:
         with postgres() as server:
             database = Database(open_database(server.url))
-            store = Store(database, "a", 60.0, 60.0)
+            store = Whole(database, "a", 60.0, 60.0)
             await submit(store, 1)
             server.stop()
             with pytest.raises(StorageUnavailable):
