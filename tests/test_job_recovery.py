@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import soundfile
 
 from tests.conftest import ServerProcess, serving
+from tests.postgres import postgres
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +85,7 @@ def events(server: ServerProcess, job_id: str) -> Iterator[tuple[str, str]]:
     """(kind, data) of a job's events, as they come."""
     url = f"{server.url}/v1/jobs/{job_id}/events"
     with httpx.stream("GET", url, timeout=TIMEOUT) as answer:
+        answer.raise_for_status()
         kind = ""
         for line in answer.iter_lines():
             if line.startswith("event: "):
@@ -93,8 +96,15 @@ def events(server: ServerProcess, job_id: str) -> Iterator[tuple[str, str]]:
 
 def finished(server: ServerProcess, job_id: str) -> Any:
     """A job, once it has ended."""
-    for _ in events(server, job_id):
-        pass
+    until_s = time.monotonic() + READY_S
+    while True:
+        try:
+            for _ in events(server, job_id):
+                pass
+            break
+        except (httpx.TransportError, httpx.HTTPStatusError):  # the composer is being started
+            assert time.monotonic() < until_s
+            time.sleep(0.2)
     job = httpx.get(f"{server.url}/v1/jobs/{job_id}", timeout=TIMEOUT).json()
     assert job["state"] == "done", job
     return job
@@ -143,3 +153,52 @@ def test_job_of_a_killed_service_ends_with_the_bytes_of_an_undisturbed_run(
         assert computed == {"convert_voice"}
         assert sums(other)["voice.wav"] != undisturbed["voice.wav"]
         assert sums(other)["generated.mid"] == undisturbed["generated.mid"]
+
+
+def test_of_two_composers_on_one_database_the_other_goes_on(
+    song: Path, composer: Composer, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    names = ("a", "b", "c", "d")
+    with postgres() as database, composer(tmp_path, PHILHARMONICS_DATABASE=database.url) as heir:
+        with composer(tmp_path, PHILHARMONICS_DATABASE=database.url) as doomed:
+            for name in names:  # as many as both can do at once: each does its share of them
+                submit(doomed, song, name)
+            for kind, data in events(doomed, names[-1]):
+                if kind == "progress" and "transcribe_notes" in data:
+                    break
+            os.killpg(doomed.pid, signal.SIGKILL)
+            jobs = [finished(heir, name) for name in names]
+        assert [sums(job) for job in jobs] == [undisturbed] * len(names)
+        assert {job["attempt"] for job in jobs} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "doomed",
+    [("remix",), ("SeparateStems", "TranscribeNotes", "GenerateNotes", "ConvertVoice",
+                  "SynthesizeAudio")],
+    ids=["composer", "runners"],
+)  # fmt: skip
+def test_job_goes_on_when_workers_of_its_service_are_killed(
+    doomed: tuple[str, ...],
+    song: Path,
+    composer: Composer,
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    with composer(tmp_path) as server:
+        submit(server, song, "j")
+        for kind, data in events(server, "j"):
+            if kind == "progress" and "transcribe_notes" in data:
+                break
+        for name in doomed:
+            os.kill(worker(server, name), signal.SIGKILL)
+        assert sums(finished(server, "j")) == undisturbed
+
+
+def worker(server: ServerProcess, name: str) -> int:
+    """The process of one of a server's services."""
+    for child in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split():
+        command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+        if name.encode() in command:
+            return int(child)
+    raise AssertionError(f"{server} has no worker {name}")
