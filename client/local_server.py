@@ -140,11 +140,14 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with(parent: int) -> Callable[[], None]:
-    """Run in a new process, has it told to stop (SIGTERM) when its parent ends, however it ends."""
+    """Run in a new process, has it killed when its parent ends without ending it.
+
+    Killed, because BentoML loses a signal that comes while it starts its workers.
+    """
     prctl = ctypes.CDLL(None).prctl
 
     def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it has ended already
             os._exit(1)
 
