@@ -93,6 +93,7 @@ async def separate_file(song: Path, out: Path) -> None:
 def measure(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
     """Both sides in turn, on a song made in `folder`."""
     from export.demo_song import write_demo_song
+    from export.separate_stems import write_random_htdemucs
 
     settings = read_settings()
     entry = read_manifest()[MODEL]
@@ -104,7 +105,7 @@ def measure(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
     # Quiet, because demucs clips what it writes, and random networks amplify.
     song = 0.25 * np.resize(samples, (round(seconds * rate_hz), 2))
     soundfile.write(folder / "song.wav", song, rate_hz, "FLOAT")
-    write_checkpoint(folder / "repo" / f"{MODEL.replace('-', '_')}.th")
+    write_random_htdemucs(folder / "repo" / f"{MODEL.replace('-', '_')}.th")  # as demucs reads it
 
     ours = [sys.executable, "-m", "benchmarks.separate_stems", "--ours"]
     commands = {
@@ -156,19 +157,6 @@ def ratio(costs: dict[str, list[Cost]], field: str) -> float:
         for name, side in costs.items()
     }
     return round(float(medians["demucs"] / medians["ours"]), 2)
-
-
-def write_checkpoint(path: Path) -> None:
-    """The random weights as demucs reads them."""
-    import torch
-    from demucs.htdemucs import HTDemucs
-
-    from export.separate_stems import PUBLISHED_HTDEMUCS, random_htdemucs
-
-    path.parent.mkdir(parents=True)
-    state = random_htdemucs().state_dict()
-    package = {"klass": HTDemucs, "args": (), "kwargs": dict(PUBLISHED_HTDEMUCS), "state": state}
-    torch.save(package, path)
 
 
 def largest_difference(folder: Path) -> float:

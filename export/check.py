@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from export.artefact import Wanted, write_artefact
 from export.compare import FP32, Difference, differences, initializers, wrong_arrays
 from export.exporter import Arrays, Original
 from export.serve import ServedCall
+from export.time_calls import peak_mb
 from remix.manifest import MANIFEST_PATH, ModelEntry, sha256_of
 from remix.settings import Settings
 
@@ -119,7 +119,7 @@ def check(name: str, perturb: int) -> dict[str, Any]:
             "differences": [asdict(each) for each in found],
             "arrays_perturbed_and_noticed": tried,
             "graphs_perturbed": changed,
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+            "peak_mb": round(peak_mb()),
             "problems": problems,
         }
 

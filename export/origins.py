@@ -16,7 +16,8 @@ or a table of recipes by file. `kind` says which:
                 own may then be empty too, and are recorded when they are first installed.
                 A bag has `files` instead of `file` and `sha256`: {name: sha256}, one a `.yaml`.
     export      made by the exporter alone (random weights, for measurements).
-    checkpoint  its owner's: `philharmonics export NAME --checkpoint PATH` puts it there.
+    checkpoint  its owner's (or random weights that few need): `philharmonics export NAME` puts it
+                there, from what `--checkpoint` names.
 """
 
 from __future__ import annotations
@@ -184,9 +185,8 @@ def _from_exporter(
 def _from_its_owner(
     entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
 ) -> None:
-    raise LeftOut(
-        f"its checkpoint is its owner's: `philharmonics export {entry.name} --checkpoint PATH`"
-    )
+    what = "" if entry.weights == "random" else " --checkpoint PATH"
+    raise LeftOut(f"`philharmonics export {entry.name}{what}` makes it")
 
 
 def _fill(graph_path: Path, sources: Mapping[str, bytes], made: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from export.compare import (
 )
 from export.exporter import Original
 from export.serve import ServedCall
-from export.time_calls import Side, Timing, cores, time_in_turn
+from export.time_calls import Side, Timing, cores, peak_mb, time_in_turn
 from remix.errors import RemixError
 from remix.manifest import TORCHSCRIPT_SUFFIX, ModelEntry, ModelFile, sha256_of
 from remix.settings import Settings
@@ -159,7 +158,7 @@ def report(made: Made, variants: list[Variant], folder: Path, watch: Watch) -> d
         "arrays_that_differ_from_the_checkpoint": wrong,
         "speed": speed,
         "not_run": problems,
-        "peak_mb_of_comparing": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "peak_mb_of_comparing": round(peak_mb()),
         "chosen": choose(kept, parity, made.original, speed),
     }
 

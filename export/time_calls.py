@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -84,8 +83,7 @@ def time_in_turn(sides: list[Side], folder: Path, rounds: int) -> dict[str, Timi
         return {name: worker.finish() for name, worker in workers.items()}
     finally:
         for worker in workers.values():
-            worker.process.kill()
-            worker.process.wait()
+            worker.stop()
 
 
 class _Worker:
@@ -95,6 +93,7 @@ class _Worker:
         description = folder / f"side-{side.name.replace(' ', '-').replace('/', '-')}.json"
         description.write_text(json.dumps(asdict(side)))
         self.log = description.with_suffix(".log")
+        self.errors = self.log.open("w")
         self.problem = ""
         self.runs: list[dict[str, float]] = []
         self.process = subprocess.Popen(
@@ -102,7 +101,7 @@ class _Worker:
             cwd=MANIFEST_PATH.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
+            stderr=self.errors,
             text=True,
         )
 
@@ -121,6 +120,11 @@ class _Worker:
             processor_s=round(statistics.median(run["processor_s"] for run in counted), 4),
             peak_mb=round(answer["peak_mb"]),
         )
+
+    def stop(self) -> None:
+        with self.process:  # closes its pipes and waits for it
+            self.process.kill()
+        self.errors.close()
 
     def _ask(self, what: str) -> dict[str, float]:
         if self.problem:
@@ -149,8 +153,7 @@ def work(side: Side) -> None:
     call: Callable[[Tensors], Mapping[str, Any]] | None = None
     for line in sys.stdin:
         if line.strip() == "end":
-            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-            print(json.dumps({"peak_mb": peak_mb}), file=answers, flush=True)
+            print(json.dumps({"peak_mb": peak_mb()}), file=answers, flush=True)
             return
         try:
             call = call or _call_of(side)
@@ -176,6 +179,14 @@ def _call_of(side: Side) -> Callable[[Tensors], Mapping[str, Any]]:
 
     torch.set_num_threads(side.threads)
     return architecture_of(side.entry).load(Path(side.models)).reference
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process. `ru_maxrss` starts at its parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1e3
+    raise OSError("this system does not say a process's peak memory")
 
 
 def cores() -> int:
