@@ -4,10 +4,13 @@ them by their addresses."""
 from __future__ import annotations
 
 import asyncio
-import socket
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from remix.errors import InvalidModel
 from remix.generate_notes import generate_notes, one_plan, plan_song
-from remix.manifest import ModelFile, TensorSpec, installed, read_manifest
+from remix.manifest import ModelFile, TensorSpec, default_model, installed, read_manifest
 from remix.notes import BeatGrid
 from remix.options import GenerateOptions
 from remix.settings import read_settings
@@ -29,6 +33,7 @@ from runners.onnx_session import OnnxSession
 from runners.tensor_messages import NUMPY_DTYPES
 from tests.conftest import ROOT, ServerProcess, serving
 from tests.test_remix_service import short_song, song
+from tests.toy_runner import free_address
 
 pytestmark = pytest.mark.slow
 
@@ -37,12 +42,6 @@ __all__ = ["short_song", "song"]  # fixtures
 
 def service_of(stage: Stage) -> str:
     return f"runners.{stage}:{''.join(word.title() for word in stage.split('_'))}"
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +127,54 @@ def test_a_composer_finds_runners_by_their_addresses(
         assert answer.content.startswith(b"RIFF")
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in composer.pids()]
     assert len(commands) <= 3, "it started runners of its own"  # bentoml, its worker, a tracker
+
+
+def test_a_runner_that_stops_ends_what_it_has_and_takes_nothing_new(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    address = free_address()
+    command = [sys.executable, "-m", "bentoml", "serve", service_of("separate_stems")]
+    folder = tmp_path_factory.mktemp("stops")
+    model = default_model(read_manifest(), "separate_stems", read_settings().models_dir).name
+    window = np.zeros((1, 2, read_manifest()[model].facts["window_samples"]), np.float32)
+    mixture = triton.InferInput("mixture", window.shape, "FP32")
+    mixture.set_data_from_numpy(window)
+
+    with (
+        serving(command, folder, 240.0, {"PHILHARMONICS_LISTEN": address}) as runner,
+        triton.InferenceServerClient(address) as client,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        calls = [threads.submit(client.infer, model, [mixture]) for _ in range(6)]
+        await_rows(runner, model, 6)
+        os.kill(runner.pid, signal.SIGTERM)
+        for call in calls:
+            assert call.result().as_numpy("stems").shape[0] == 1
+        with (
+            triton.InferenceServerClient(address) as late,
+            pytest.raises(InferenceServerException, match="UNAVAILABLE"),
+        ):
+            late.infer(model, [mixture])
+        ended = os.waitid(os.P_PID, runner.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        assert (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
+
+
+def await_rows(runner: ServerProcess, model: str, rows: int) -> None:
+    """Return when so many windows have arrived at a runner."""
+    names = ["queue_rows", "computing_rows", "rows_total"]
+    until_s = time.monotonic() + 60.0
+    while True:
+        metrics = httpx.get(f"{runner.url}/metrics").text
+        lines = [line for line in metrics.splitlines() if f'model="{model}"' in line]
+        values = [
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if any(line.startswith(f"philharmonics_{name}{{") for name in names)
+        ]
+        if sum(values) >= rows:
+            return
+        assert time.monotonic() < until_s, lines
 
 
 def test_a_runner_refuses_to_start_on_a_file_with_another_checksum(tmp_path: Path) -> None:
