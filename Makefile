@@ -73,9 +73,18 @@ bench-service: export-environment  ## overload and quotes, against a server of i
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
 	for module in $(SERVICE_BENCHMARKS); do .venv-dev/bin/python -m benchmarks.$$module; done
 
+.PHONY: load
+load: models  ## load tests, in 15 minutes; writes out/load/; more: make load LOAD="--minutes 30"
+	@.venv/bin/python -m export.demo_song $(DEMO_SONG)
+	@.venv/bin/python -m load_tests all $(LOAD)
+
+.PHONY: locust
+locust: .venv-load/installed  ## the same songs by Locust, on its page, against `make serve`
+	@.venv-load/bin/locust -f load_tests/locustfile.py -H http://127.0.0.1:3000
+
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
-	rm -rf .venv .venv-dev .models .cache out build *.egg-info
+	rm -rf .venv .venv-dev .venv-load .models .cache out build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -102,6 +111,11 @@ export-environment: .venv-dev/installed  ## .venv-dev: torch, the originals, the
 		-r requirements/export.txt -r requirements/dev.txt
 	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/export-no-deps.txt
 	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+.venv-load/installed: requirements/load.txt | system-packages
+	@$(PYTHON) -m venv .venv-load
+	@.venv-load/bin/pip install $(PIP_FLAGS) -r requirements/load.txt
 	@touch $@
 
 .PHONY: lock

@@ -22,6 +22,9 @@ SAMPLE_EVERY_S = 2.0
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
+OURS = "philharmonics_"
+"""How the service's own metrics begin; BentoML's have a series for every path."""
+
 NAME_FLAG = "--service-name"
 """What BentoML gives each worker's command line: which service it is."""
 
@@ -174,11 +177,12 @@ def metrics_of(url: str) -> dict[str, float]:
 
 
 def difference(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What has been counted between: counters, sums and counts, not the buckets."""
+    """What the service has counted between: counters, sums and counts, not the buckets."""
     return {
         name: round(value - before.get(name, 0.0), 6)
         for name, value in after.items()
-        if name.split("{")[0].endswith(("_total", "_sum", "_count"))
+        if name.startswith(OURS)
+        and name.split("{")[0].endswith(("_total", "_sum", "_count"))
         and value != before.get(name, 0.0)
     }
 

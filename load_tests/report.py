@@ -147,13 +147,14 @@ def _runs(runs: Sequence[Report]) -> str:
             f"{run['completed_per_s']:.3g}", f"{run['good_per_s']:.3g}",
             f"{run['audio_s_per_s']:.3g}",
             *(f"{latency[key]:.3f}" if latency else "" for key in ("p50", "p90", "p99", "max")),
+            "" if run["cached_share"] is None else f"{run['cached_share']:.0%}",
             ", ".join(f"{count} {code}" for code, count in codes.items()),
             "yes" if run["is_steady"] else "no",
             "" if run["generator"]["is_valid"] else "INVALID",
         ])  # fmt: skip
     return _table(
         ["run", "requests", "offered/s", "completed/s", "good/s", "audio s/s", "p50 s", "p90 s",
-         "p99 s", "max s", "refused or failed", "steady", ""],
+         "p99 s", "max s", "cached", "refused or failed", "steady", ""],
         rows,
     )  # fmt: skip
 
@@ -165,7 +166,8 @@ def _server_says(runs: Sequence[Report]) -> str:
         if "probe" not in run["name"]
         for name, values in run["server_says"].items()
     ]
-    return _table(["run", "", "p50", "p90", "p99", "max"], rows)
+    table = _table(["run", "", "p50", "p90", "p99", "max"], rows)
+    return f"<details><summary>What the server says of each answer</summary>{table}</details>"
 
 
 def _metrics(runs: Sequence[Report]) -> str:
@@ -173,7 +175,6 @@ def _metrics(runs: Sequence[Report]) -> str:
         [run["name"], name, f"{value:g}"]
         for run in runs
         for name, value in sorted(run.get("metrics", {}).items())
-        if name.startswith("philharmonics_")
     ]
     table = _table(["run", "counted by the server", ""], rows)
     return f"<details><summary>The server's own counters</summary>{table}</details>"

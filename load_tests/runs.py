@@ -308,6 +308,7 @@ def summary(result: Result) -> dict[str, Any]:
             [r.answer.first_s for r in completed if r.answer.first_s is not None]
         ),
         "by_length": _by_length(result),
+        "cached_share": _cached_share(completed),
         "server_says": _server_says(completed),
         "failures": result.failures(),
         "is_steady": result.is_steady,
@@ -353,3 +354,11 @@ def _server_says(completed: Sequence[Record]) -> dict[str, dict[str, float]]:
         name: distribution([r.answer.parts[name] for r in completed if name in r.answer.parts])
         for name in names
     }
+
+
+def _cached_share(completed: Sequence[Record]) -> float | None:
+    """Of all windows, those that a cache had; none where the server says nothing of them."""
+    said = [item for record in completed for item in record.answer.parts.items()]
+    computed = sum(value for name, value in said if name.endswith(" windows"))
+    cached = sum(value for name, value in said if name.endswith(" cached"))
+    return round(cached / (computed + cached), 4) if computed + cached else None

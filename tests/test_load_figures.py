@@ -279,9 +279,11 @@ def test_growth_is_what_came_after_the_warm_up() -> None:
 
 
 def test_difference_of_metrics_is_what_was_counted_meanwhile() -> None:
-    before = {"a_total": 1.0, 'b_sum{stage="x"}': 2.0, "gauge": 1.0, 'b_bucket{le="1"}': 0.0}
-    after = {"a_total": 3.0, 'b_sum{stage="x"}': 2.0, "gauge": 9.0, 'b_bucket{le="1"}': 5.0}
-    assert difference(before, after) == {"a_total": 2.0}
+    names = ["a_total", 'b_sum{stage="x"}', "gauge", 'b_bucket{le="1"}']
+    before = {f"philharmonics_{name}": 2.0 for name in names}
+    after = {**before, "philharmonics_a_total": 3.0, "philharmonics_gauge": 9.0, "other_total": 1.0}
+    after['philharmonics_b_bucket{le="1"}'] = 5.0
+    assert difference(before, after) == {"philharmonics_a_total": 1.0}
 
 
 def test_songs_are_cut_from_recordings_and_none_is_like_another(tmp_path: Path) -> None:
