@@ -20,7 +20,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from jobs.door import ANYBODY, Caller
@@ -107,11 +107,20 @@ def check_runners(needed: Sequence[Stage], away: Sequence[Stage]) -> None:
         )
 
 
-def check_room(caller: Caller, expected: Forecast, max_waiting: int) -> None:
+def check_room(
+    caller: Caller, arriving: Mapping[str, int], expected: Forecast, max_waiting: int
+) -> None:
     """Refuse a job where as many wait as may, or too many of one key.
 
     A key may have a job more waiting while it has fewer than places are left: so one alone gets
     half of the queue, the next one half of the rest, and whoever comes late finds room.
+
+    Args:
+        caller: who asks.
+        arriving: how many jobs of each owner are being submitted: their places are taken. Without
+            them all who come while a song is decoded would find its place free.
+        expected: of every job.
+        max_waiting: jobs.
 
     Raises:
         QueueFull: it tells when the first of them will begin.
@@ -119,26 +128,30 @@ def check_room(caller: Caller, expected: Forecast, max_waiting: int) -> None:
     Source: A. K. Choudhury, E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet
     switches", IEEE/ACM Transactions on Networking 6(2), 1998, with a factor of 1.
     """
-    waiting = len(expected.waiting)
+    waiting = len(expected.waiting) + sum(arriving.values())
     free = max_waiting - waiting
     own = sum(job.owner == caller.owner for job, _ in expected.waiting)
+    own += arriving.get(caller.owner, 0)
     if free <= 0:
         value, limit = waiting, max_waiting
-        message = f"{waiting} jobs are waiting, and this service lets at most {max_waiting} wait."
+        message = (
+            f"{waiting} jobs wait or arrive, and this service lets at most {max_waiting} wait."
+        )
     elif caller is not ANYBODY and own >= free:
         value, limit = own, free
         message = (
-            f"{own} jobs of this API key are waiting; it may have fewer than the {free} places "
+            f"{own} jobs of this API key wait or arrive; it may have fewer than the {free} places "
             f"that are left of {max_waiting}."
         )
     else:
         return
+    starts_s = [span.start_s for _, span in expected.waiting[:1]]
     raise QueueFull(
         message,
         value=value,
         limit=limit,
         remedy="Try again when Retry-After has passed.",
-        retry_after_s=max(LEAST_WAIT_S, expected.waiting[0][1].start_s),
+        retry_after_s=max(LEAST_WAIT_S, *starts_s),
     )
 
 

@@ -48,6 +48,7 @@ class Desk:
         self.estimator = Estimator(read_cost_model())
         self._forecaster = Forecaster(self.estimator, settings.max_remixes)
         self._songs = Counter[str]()
+        self._arriving = Counter[str]()
         self._uploads = Slots(settings.max_remixes * UPLOADS_PER_REMIX, "uploads")
         self._slots = {
             True: Slots(settings.max_remixes, "remixes"),
@@ -138,7 +139,7 @@ class Desk:
                     yield
                     return
                 check_share(caller, self._songs[caller.owner], Forecast((), ()))
-                with self._song_of(caller):
+                with _counted(self._songs, caller):
                     yield
 
     @asynccontextmanager
@@ -157,9 +158,10 @@ class Desk:
         if job_id is None or not await _knows(jobs, job_id, caller):
             check_runners(STAGES, self._away())
             expected = self._forecaster.forecast(*await jobs.outlook())
-            check_room(caller, expected, self._settings.max_waiting_jobs)
-            check_share(caller, self._songs[caller.owner], expected)
-        with self._song_of(caller):
+            check_room(caller, self._arriving, expected, self._settings.max_waiting_jobs)
+            in_requests = self._songs[caller.owner] + self._arriving[caller.owner]
+            check_share(caller, in_requests, expected)
+        with _counted(self._arriving, caller):
             yield jobs
 
     async def quote(self, caller: Caller, duration_s: float) -> Quote:
@@ -179,14 +181,16 @@ class Desk:
         load, started = await self.jobs.outlook()
         return self._forecaster.quote(caller.owner, duration_s, load, started)
 
-    @contextmanager
-    def _song_of(self, caller: Caller) -> Iterator[None]:
-        self._songs[caller.owner] += 1
-        try:
-            yield
-        finally:
-            self._songs[caller.owner] -= 1
-            self._songs += Counter()  # forgets who has none
+
+@contextmanager
+def _counted(songs: Counter[str], caller: Caller) -> Iterator[None]:
+    songs[caller.owner] += 1
+    try:
+        yield
+    finally:
+        songs[caller.owner] -= 1
+        if not songs[caller.owner]:
+            del songs[caller.owner]
 
 
 async def _knows(jobs: Jobs, job_id: str, caller: Caller) -> bool:

@@ -18,8 +18,8 @@ from jobs.door import ANYBODY, Caller
 from jobs.estimate import Span
 from jobs.forecast import Forecast
 from jobs.keys import SCOPES
-from jobs.schedule import Waiting
 from jobs.rows import Running
+from jobs.schedule import Waiting
 from remix.errors import QueueFull, RunnerUnavailable
 from remix.stages import STAGES
 from tests.conftest import SLOW_SEED, ServerProcess, serving
@@ -73,8 +73,11 @@ def test_slots_refuse_the_next_one_and_tell_when_one_will_be_free() -> None:
 
 
 def test_full_queue_is_refused_until_the_first_of_it_begins() -> None:
-    check_room(ANYBODY, FULL, max_waiting=3)
-    assert refusal_of(check_room, ANYBODY, FULL, 2).retry_after_s == pytest.approx(40.0)
+    check_room(ANYBODY, {}, FULL, max_waiting=3)
+    assert refusal_of(check_room, ANYBODY, {}, FULL, 2).retry_after_s == pytest.approx(40.0)
+    # Who is being taken has a place, though no row yet.
+    assert refusal_of(check_room, ANYBODY, {"eve": 1}, FULL, 3).value == 3
+    assert refusal_of(check_room, ANYBODY, {"": 1}, Forecast((), ()), 1).retry_after_s == 1.0
 
 
 @pytest.mark.parametrize("max_waiting", [1, 2, 3, 8, 64])
@@ -85,7 +88,7 @@ def test_one_key_alone_cannot_fill_the_queue(max_waiting: int) -> None:
         while True:
             try:
                 caller = Caller(owner, frozenset(SCOPES), None)
-                check_room(caller, Forecast((), tuple(queue)), max_waiting)
+                check_room(caller, {}, Forecast((), tuple(queue)), max_waiting)
             except QueueFull:
                 return len(queue) - before
             queue.append((Waiting(str(len(queue)), owner, 1.0, 0.0), Span(5.0, 6.0)))
