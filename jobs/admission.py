@@ -145,13 +145,13 @@ def check_room(
         )
     else:
         return
-    starts_s = [span.start_s for _, span in expected.waiting[:1]]
+    start_s = expected.waiting[0][1].start_s if expected.waiting else 0.0
     raise QueueFull(
         message,
         value=value,
         limit=limit,
         remedy="Try again when Retry-After has passed.",
-        retry_after_s=max(LEAST_WAIT_S, *starts_s),
+        retry_after_s=max(LEAST_WAIT_S, start_s),
     )
 
 
