@@ -80,9 +80,13 @@ def differences(
     """Compute every case by both, and compare every output that the artefact gives."""
     for case in cases:
         expected = original.reference(case.inputs)
-        found = original.served(served, case.inputs)
-        for name in sorted(expected):
-            yield difference(case.name, name, expected[name], found[name])
+        yield from compared(case.name, expected, original.served(served, case.inputs))
+
+
+def compared(case: str, expected: Arrays, found: Arrays) -> Iterator[Difference]:
+    """The differences of all outputs of a case."""
+    for name in sorted(expected):
+        yield difference(case, name, expected[name], found[name])
 
 
 def difference(
