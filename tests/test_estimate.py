@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from jobs.estimate import CostModel, Estimator, Line, fit_line, foretell, read_cost_model
 from jobs.forecast import Forecaster
-from jobs.schedule import Started, Waiting
 from jobs.rows import Load, Running
+from jobs.schedule import Started, Waiting
 from remix.stages import STAGES
 
 SECONDS = st.floats(0.1, 1_000.0)
