@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from remix.settings import PREFIX
 
 FIRST = PREFIX + "FIRST_PROCESS"
@@ -69,6 +71,21 @@ def keep_and_sweep(folder: Path, prefix: str) -> None:
         with suppress(OSError), other.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(other.parent, ignore_errors=True)
+
+
+def forget_the_dead() -> None:
+    """Take what processes that were killed did last out of the metrics of what is done now.
+
+    All processes of a server write into one folder, and a file of a gauge stays when its process
+    does not.
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
+        return
+    for path in Path(folder).glob("gauge_live*.db"):
+        pid = path.stem.rsplit("_", 1)[1]
+        if not Path("/proc", pid).exists():
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 def enter(runtime_dir: Path) -> BinaryIO:

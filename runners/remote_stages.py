@@ -21,13 +21,16 @@ from remix.settings import Settings
 from remix.stages import STAGES, Stage, Tensors
 from runners.error_details import KEY, decode_error
 from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
-from runners.processes import enter
+from runners.processes import enter, forget_the_dead
 from runners.retry import RetryBudget, StageHealth, Tries, Trouble
 from runners.tensor_messages import decode_response, encode_request
 
 RETRIES = Counter("philharmonics_retries", "Calls that were made again", ["stage", "reason"])
 AWAY = Gauge(
-    "philharmonics_runner_away", "1: the runner does not answer", ["stage"], multiprocess_mode="max"
+    "philharmonics_runner_away",
+    "1: the runner does not answer",
+    ["stage"],
+    multiprocess_mode="livemax",
 )
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.RemixError]] = {
@@ -103,6 +106,7 @@ class Runners:
         self._watches = [asyncio.create_task(health.watch()) for health in self._health.values()]
         self._budget = RetryBudget()
         self._at_work = enter(settings.runtime_dir)
+        forget_the_dead()
         self._row_s: dict[str, float] = {}
 
     async def close(self) -> None:

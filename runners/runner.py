@@ -18,7 +18,7 @@ from remix.settings import Settings, read_settings
 from remix.stages import Stage
 from runners.adaptive_batcher import Workers
 from runners.inference_protocol import SERVER_OPTIONS, InferenceServer, ServedModel
-from runners.processes import be_first, composers_gone, end_with_first
+from runners.processes import be_first, composers_gone, end_with_first, forget_the_dead
 from runners.refuse_pickle import refuse
 
 OVERTIME_S = 10.0
@@ -88,6 +88,7 @@ class Runner:
             InvalidModel: a file is not what the manifest says; the runner does not start.
         """
         end_with_first()
+        forget_the_dead()
         self._settings = settings = read_settings()
         self._inference = InferenceServer(
             self.stage, settings.max_queue_rows, Workers(self.workers)
