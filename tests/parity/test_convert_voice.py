@@ -5,9 +5,11 @@ Full-size networks, of random weights: `make export-check`.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.resources
 import json
 import pickle
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from export.artefact import Wanted, write_artefact
 from export.content_encoder import load_whisper_encoder
 from export.convert_voice import main, signal_to_error_db
 from export.crepe import load_crepe, packaged_crepe
@@ -30,9 +33,11 @@ from export.read_arrays import read_arrays
 from export.real_audio import mono_song
 from export.so_vits import ServedVoice, fork_module, fuse_weight_norms
 from export.so_vits_voice import hum, infer, load_so_vits, melody, voice_inputs
+from remix.audio import Samples
+from remix.convert_voice import Vocal, Voice, convert_voice, join_chunks
 from remix.errors import InvalidModel
 from remix.manifest import MANIFEST_PATH, read_manifest
-from remix.settings import read_settings
+from remix.settings import Settings, read_settings
 from remix.stages import Tensors
 from remix.vocal_frames import SAMPLE_RATE_HZ, repeat_content
 from runners.convert_voice import VoiceModel
@@ -161,6 +166,40 @@ def test_checkpoint_of_training_is_exported_as_it_sings(
         (found,) = runtime.run(None, inputs)
         assert signal_to_error_db(expected, found) > MIN_SNR_DB
     assert set(original.weights()) == {tensor.name for tensor in graph.graph.initializer}
+
+
+@TEMPLATES
+def test_voice_at_44_khz_sings_through_the_flow(
+    architecture: str, template: str, tmp_path: Path
+) -> None:
+    original = load_so_vits(write_small_checkpoint(tmp_path, template), architecture)
+    entry = write_artefact(original, Wanted("small", "random"), tmp_path)
+    settings = Settings(tmp_path, tmp_path)
+    voice = VoiceModel(entry, OnnxSession(entry, entry.files[0], settings), "cpu")
+    shapes = {spec.name: spec.shape[1:] for spec in voice.inputs}
+    pitch = session("fcpe")
+
+    async def infer(model: str, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        if model == "fcpe":
+            return pitch(inputs)
+        if model == "small":
+            assert {name: array.shape[1:] for name, array in inputs.items()} == shapes
+            return voice(inputs)
+        assert model == original.facts["content_model"]
+        width = shapes["content"][1]
+        return {"content": np.ones((1, 499, width), np.float32)}  # ContentVec's 10 s
+
+    song = mono_song(44100, 3.0, 1)
+
+    async def chunks() -> AsyncIterator[Samples]:
+        yield song
+
+    vocal = Vocal(song.shape[1], 44100)
+    singing = convert_voice(chunks(), vocal, Voice.of(entry, "Ben"), infer)
+    sung = asyncio.run(join_chunks(singing, vocal)).audio
+    assert sung.samples.shape == song.shape
+    loudness = np.std(sung.samples) / np.std(song)
+    assert 0.5 < loudness < 2.0  # the level of the original is followed
 
 
 def test_missing_and_unexpected_arrays_are_listed(tmp_path: Path) -> None:
