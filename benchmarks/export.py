@@ -26,7 +26,7 @@ from export.architectures import architecture_of
 from export.artefact import Wanted, record, write_artefact
 from export.compare import si_sdr_db
 from export.exporter import Original
-from export.report import Made, machine, with_file
+from export.report import machine, with_file
 from export.serve import ServedCall
 from export.time_calls import Side, cores, time_in_turn
 from export.variants import reduce_precision
@@ -82,7 +82,7 @@ def measure(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, A
     if precision := PRECISION.get(name):
         graph = models / written.files[0].path
         reduce_precision(precision, graph, graph, original)
-        written = with_file(Made(original, name, checkpoint, written, models), graph)
+        written = with_file(written, models, graph)
     entry = replace(written, backend=backend_of(name))
     manifest, inputs_path = folder / "models.toml", folder / "inputs.npz"
     manifest.write_text("")

@@ -142,16 +142,16 @@ def finish(
     if options.precision != "fp32":
         graph = made.models_dir / entry.files[0].path
         reduce_precision(options.precision, graph, graph, made.original)
-        entry = replace(with_file(made, graph), backend={})
+        entry = with_file(entry, made.models_dir, graph)
     if known:
-        entry = replace(entry, max_batch=known.max_batch, backend=known.backend)
+        backend = {**known.backend, **entry.backend}
+        entry = replace(entry, max_batch=known.max_batch, backend=backend)
     else:
         entry = replace(entry, origin={"kind": "checkpoint"})
     if found:
         chosen = found["chosen"]
         backend = {device: name for device, name in entry.backend.items() if device != "cpu"}
-        if options.precision == "fp32" and chosen["variant"] != ONNX:
-            backend["cpu"] = chosen["variant"]
+        backend["cpu"] = chosen["variant"] if options.precision == "fp32" else ONNX
         batches = {**entry.max_batch, "cpu": chosen["max_batch"]}
         entry = replace(entry, max_batch=batches, backend=backend)
         beside = (options.models / entry.files[0].path).with_suffix(".report.json")

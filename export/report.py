@@ -86,7 +86,7 @@ def variants_of(made: Made, files: Mapping[str, Path]) -> list[Variant]:
     """The graph in ONNX Runtime and in OpenVINO, the archive, and the files of other precisions."""
     entry = made.entry
     variants = [
-        Variant(ONNX, replace(entry, backend={"cpu": "onnx"}), FP32),
+        Variant(ONNX, replace(entry, backend={"cpu": ONNX}), FP32),
         Variant(OPENVINO, replace(entry, backend={"cpu": "openvino"}), REDUCED),
     ]
     if any(file.path.endswith(TORCHSCRIPT_SUFFIX) for file in entry.files):
@@ -95,22 +95,24 @@ def variants_of(made: Made, files: Mapping[str, Path]) -> list[Variant]:
         )
     for precision, path in files.items():
         name, is_for_gpus = f"{ONNX} {precision}", precision == "fp16"
-        variants.append(Variant(name, with_file(made, path), REDUCED, is_for_gpus))
+        variants.append(
+            Variant(name, with_file(entry, made.models_dir, path), REDUCED, is_for_gpus)
+        )
     return variants
 
 
-def with_file(made: Made, path: Path) -> ModelEntry:
+def with_file(entry: ModelEntry, models_dir: Path, path: Path) -> ModelEntry:
     """The entry with another graph, in ONNX Runtime."""
     import onnx
 
     graph = onnx.load(path).graph
     file = ModelFile(
-        str(path.relative_to(made.models_dir)),
+        str(path.relative_to(models_dir)),
         sha256_of(path),
         specs(list(graph.input)),
         specs(list(graph.output)),
     )
-    return replace(made.entry, files=(file,), backend={"cpu": "onnx"})
+    return replace(entry, files=(file,), backend={"cpu": ONNX})
 
 
 def report(made: Made, variants: list[Variant], folder: Path, watch: Watch) -> dict[str, Any]:
