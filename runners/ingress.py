@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 LAST_WORDS_S = 5.0
 """For requests that are cut off: to answer that they are."""
 
+THRESHOLD_S = 0.2
+"""For connections that are through the door, and whose requests are on their way."""
+
 
 class Ingress:
     """Who is inside, and whether anybody may still come in.
@@ -90,6 +93,7 @@ class Ingress:
             if left:
                 await asyncio.wait(left, timeout=LAST_WORDS_S)
             _close_door(server)
+            await asyncio.sleep(THRESHOLD_S)
             server(number, None)
 
 
