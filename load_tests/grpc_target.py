@@ -6,12 +6,18 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import grpc
 from google.protobuf.json_format import ParseDict
 
 from load_tests.generator import OK, Answer, Work
-from load_tests.http_targets import CHUNK_BYTES, RECONNECT_S, parts_of_report
+from load_tests.http_targets import (
+    CANCEL_S,
+    CHUNK_BYTES,
+    RECONNECT_S,
+    parts_of_report,
+)
 from load_tests.songs import Song
 from remix_v1 import remix_pb2 as messages
 from remix_v1.remix_pb2_grpc import RemixServiceStub
@@ -46,10 +52,12 @@ class GrpcTarget:
         except grpc.aio.AioRpcError as error:
             return Answer(error.code().name)
         except asyncio.CancelledError:
-            # Not awaited: who cancels has no time left.
-            self._service.CancelJob(
-                messages.CancelJobRequest(job_id=job_id), metadata=self._metadata
-            )
+            with suppress(grpc.aio.AioRpcError):
+                await self._service.CancelJob(
+                    messages.CancelJobRequest(job_id=job_id),
+                    metadata=self._metadata,
+                    timeout=CANCEL_S,
+                )
             raise
 
     async def _submission(

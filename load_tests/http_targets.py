@@ -25,6 +25,9 @@ ENDED = {"done", "failed", "cancelled"}
 
 RECONNECT_S = 0.5
 
+CANCEL_S = 10.0
+"""How long a cancelled job's answer is waited for: what nobody wants must not load the next run."""
+
 
 def song_form(song: Song, options: Mapping[str, Any]) -> Work:
     """The form of a song and its options, encoded before the run."""
@@ -161,7 +164,7 @@ class JobsTarget:
                 await asyncio.sleep(wait_s)
         except asyncio.CancelledError:
             with suppress(httpx.TransportError):
-                await self._client.delete(path)
+                await self._client.delete(path, timeout=CANCEL_S)
             raise
 
     async def _follow(self, path: str, refusals: tuple[str, ...], sent_s: float) -> Answer:

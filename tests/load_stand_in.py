@@ -41,7 +41,8 @@ MODEL = {
     "default": True,
 }
 
-RUNNER = [sys.executable, "-c", "import time; time.sleep(3600)", "--service-name", "SeparateStems"]
+RUNNER = [sys.executable, "-c", "import sys; sys.stdin.read()", "--service-name", "SeparateStems"]
+"""Ends with the process that started it."""
 
 
 class StandIn(protocol.GRPCInferenceServiceServicer, RemixServiceServicer):  # type: ignore[misc]
@@ -182,12 +183,8 @@ async def main(http_port: int, grpc_port: int, socket: str, service_s: float) ->
     config = uvicorn.Config(
         Starlette(routes=routes), port=http_port, log_level="warning", lifespan="off"
     )
-    runner = await asyncio.create_subprocess_exec(*RUNNER)
-    try:
-        await uvicorn.Server(config).serve()
-    finally:
-        if runner.returncode is None:
-            runner.kill()
+    await asyncio.create_subprocess_exec(*RUNNER, stdin=asyncio.subprocess.PIPE)
+    await uvicorn.Server(config).serve()
 
 
 if __name__ == "__main__":
