@@ -94,10 +94,10 @@ clean:  ## remove environments, models, fetched files and results
 system-packages:
 	@scripts/install-system-packages
 
-.venv/installed: requirements/serving.txt pyproject.toml | system-packages
+.venv/installed: requirements/serving.txt requirements/models.txt pyproject.toml | system-packages
 	@echo "Installing the Python packages into .venv (no torch); this takes a minute or two."
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install $(PIP_FLAGS) -r requirements/serving.txt
+	@.venv/bin/pip install $(PIP_FLAGS) -r requirements/serving.txt -r requirements/models.txt
 	@.venv/bin/pip install $(PIP_FLAGS) --no-deps -e .
 	@touch $@
 
@@ -107,7 +107,7 @@ export-environment: .venv-dev/installed  ## .venv-dev: torch, the originals, the
 .venv-dev/installed: $(wildcard requirements/*.txt) pyproject.toml | system-packages
 	@echo "Installing the Python packages into .venv-dev (with torch); this takes some minutes."
 	@$(PYTHON) -m venv .venv-dev
-	@.venv-dev/bin/pip install $(PIP_FLAGS) -r requirements/serving.txt \
+	@.venv-dev/bin/pip install $(PIP_FLAGS) -r requirements/serving.txt -r requirements/models.txt \
 		-r requirements/export.txt -r requirements/dev.txt
 	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/export-no-deps.txt
 	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
