@@ -116,10 +116,18 @@ class Settings:
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `PHILHARMONICS_*` variables; what is unset or empty keeps its default.
 
+    A secret can come from a file instead: `PHILHARMONICS_DATABASE_FILE` names one whose content is
+    taken for `PHILHARMONICS_DATABASE`; the same for each of them but the runners' addresses.
+
     A wrong value ends the process with a line that names it: no server should start on one.
     """
 
     def read(name: str, default: str) -> str:
+        if file := environment.get(f"{PREFIX}{name}_FILE"):
+            try:
+                return Path(file).read_text().strip() or default
+            except OSError as error:
+                raise SystemExit(f"{PREFIX}{name}_FILE is {file!r}: {error.strerror}.") from error
         return environment.get(PREFIX + name) or default
 
     def number(name: str, default: float, least: float) -> float:
