@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from queue import LifoQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -63,15 +61,15 @@ class OpenVinoSession:
             if stretch and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
                 before, within, after = cut(model, stretch["from"], stretch["to"])
                 parts = [(before, "f32"), (within, "bf16"), (after, "f32")]
-            lanes = max(1, len(os.sched_getaffinity(0)) // settings.threads)
             self._parts = [
                 core.compile_model(
                     part,
                     "CPU",
                     {
                         "INFERENCE_PRECISION_HINT": precision,
-                        "INFERENCE_NUM_THREADS": settings.threads * lanes,
-                        "NUM_STREAMS": lanes,
+                        # Of one call at a time: a second one's memory would be as much again.
+                        "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
+                        "NUM_STREAMS": 1,
                         "ENABLE_CPU_PINNING": False,  # other runners have these cores too
                     },
                 )
@@ -82,31 +80,19 @@ class OpenVinoSession:
         self.inputs, self.outputs = _specs(model.inputs), _specs(model.outputs)
         check_signature(path, "input", self.inputs, file.inputs)
         check_signature(path, "output", self.outputs, file.outputs)
-        self._lanes: LifoQueue[list[Any]] = LifoQueue()
-        for _ in range(lanes):
-            self._lanes.put([])
+        self._requests = [part.create_infer_request() for part in self._parts]
+        self._turn = Lock()
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Run the graph: named arrays in, named arrays out."""
         values = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        with self._lane() as requests:
-            for part, request in zip(self._parts, requests, strict=True):
+        with self._turn:
+            for part, request in zip(self._parts, self._requests, strict=True):
                 wanted = {port.any_name for port in part.inputs}
                 given = {name: values[name] for name in wanted}
                 results = request.infer(given, share_inputs=True, share_outputs=True)
                 values |= {port.any_name: results[port] for port in part.outputs}
             return {spec.name: values[spec.name].copy() for spec in self.outputs}
-
-    @contextmanager
-    def _lane(self) -> Iterator[list[Any]]:
-        """Requests that nobody else uses meanwhile; their memory is there from their first use."""
-        requests = self._lanes.get()
-        try:
-            if not requests:
-                requests.extend(part.create_infer_request() for part in self._parts)
-            yield requests
-        finally:
-            self._lanes.put(requests)
 
 
 def cut(model: Any, begin: list[str], end: list[str]) -> tuple[Any, Any, Any]:
