@@ -28,6 +28,7 @@ from remix.errors import RemixError
 from remix.manifest import MANIFEST_PATH, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
+from runners.runner import QUIET_MALLOC
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ def time_in_turn(sides: list[Side], folder: Path, rounds: int) -> dict[str, Timi
             worker.stop()
 
 
+_RUNNERS = {str(QUIET_MALLOC["name"]): str(QUIET_MALLOC["value"])}
+"""What a runner's process has in its environment."""
+
+
 class _Worker:
     """The process of a side."""
 
@@ -99,6 +104,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "export.time_calls", "--worker", str(description)],
             cwd=MANIFEST_PATH.parent,
+            env={**os.environ, **(_RUNNERS if side.manifest else {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
