@@ -82,6 +82,14 @@ load: models  ## load tests, in 15 minutes; writes out/load/; more: make load LO
 locust: .venv-load/installed  ## the same songs by Locust, on its page, against `make serve`
 	@.venv-load/bin/locust -f load_tests/locustfile.py -H http://127.0.0.1:3000
 
+.PHONY: images
+images:  ## container images, for DEVICE=cpu or cuda; what is in them goes to out/images/
+	@docker/build-images
+
+.PHONY: compose-test
+compose-test: export-environment  ## the whole service in containers, attacked; after make images
+	.venv-dev/bin/python -m pytest -v docker/test_compose.py
+
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
 	rm -rf .venv .venv-dev .venv-load .models .cache out build *.egg-info

@@ -15,7 +15,8 @@ from pathlib import Path
 
 BOTH = """
     bentoml bentoml_cli.cli bentoml_cli.serve bentoml_cli._internal.start bentoml.metrics
-    _bentoml_impl.server _bentoml_impl.server.app _bentoml_impl.server.serving _bentoml_impl.worker.service
+    _bentoml_impl.server _bentoml_impl.server.app _bentoml_impl.server.serving
+    _bentoml_impl.worker.service
     circus.arbiter uvicorn uvicorn.lifespan.on uvicorn.protocols.http.h11_impl uvicorn.loops.asyncio
     grpc.aio grpc_health.v1.health tritonclient.grpc google.rpc.status_pb2 numpy
     scipy.signal scipy.fft scipy.ndimage prometheus_client.multiprocess prometheus_client.exposition
@@ -26,7 +27,8 @@ BOTH = """
 COMPOSER = """
     av soundfile scipy.io.wavfile mido fastapi fastapi.openapi.docs python_multipart
     matplotlib.figure matplotlib.backends.backend_agg sqlalchemy sqlalchemy.dialects.postgresql
-    sqlalchemy.dialects.sqlite sqlalchemy.dialects.postgresql.psycopg psycopg dbos fsspec.implementations.local
+    sqlalchemy.dialects.sqlite sqlalchemy.dialects.postgresql.psycopg psycopg dbos
+    fsspec.implementations.local
     grpc_reflection.v1alpha.reflection google.rpc.error_details_pb2
     """.split()
 
@@ -41,11 +43,13 @@ def main() -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - the server's own start is what proves it
-            print(f"{name}: {error!r}", file=sys.stderr)
+            sys.stderr.write(f"{name}: {error!r}\n")
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None) or ""
         if path.endswith(".py") and path.startswith(sys.prefix) and Path(path).is_file():
-            py_compile.compile(path, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+            py_compile.compile(
+                path, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+            )
 
 
 if __name__ == "__main__":

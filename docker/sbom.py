@@ -34,7 +34,9 @@ def system_packages(status: Path) -> Iterator[Component]:
     """That dpkg has installed."""
     for paragraph in status.read_text().split("\n\n"):
         fields = dict(
-            line.split(": ", 1) for line in paragraph.splitlines() if ": " in line and line[0] != " "
+            line.split(": ", 1)
+            for line in paragraph.splitlines()
+            if ": " in line and line[0] != " "
         )
         if fields.get("Status", "").endswith(" installed"):
             yield _component("deb/debian", fields["Package"], fields["Version"], "")
