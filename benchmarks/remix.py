@@ -37,7 +37,7 @@ from remix.audio_codec import decode, encode
 from remix.beats import find_beats
 from remix.convert_voice import Vocal, convert_voice
 from remix.convert_voice import join_chunks as join_vocal
-from remix.generate_notes import generate_notes, one_plan, plan_song
+from remix.generate_notes import generate_notes, plan_while_heard
 from remix.generate_notes import join_chunks as join_notes
 from remix.manifest import read_manifest
 from remix.mix_tracks import MixParts, mix_tracks
@@ -48,7 +48,7 @@ from remix.separate_stems import StemsChunk, join_chunks, separate_stems
 from remix.settings import Settings, read_settings
 from remix.stages import Tensors
 from remix.synthesize_audio import synthesize_tracks
-from remix.transcribe_notes import transcribe_stems
+from remix.transcribe_notes import Section, transcribe_stems
 from runners.convert_voice import ConvertVoice
 from runners.generate_notes import GenerateNotes
 from runners.inference_protocol import ServedModel
@@ -92,7 +92,7 @@ async def one_after_the_other(
     with timed(spent, "convert_voice"):
         vocal = Vocal(length, mixture.sample_rate_hz)
         sung = convert_voice(
-            once(stems[VOCALS]),
+            stream(stems[VOCALS]),
             vocal,
             models.voice,
             infer,
@@ -101,15 +101,22 @@ async def one_after_the_other(
         )
         voice = await join_vocal(sung, vocal)
     with timed(spent, "transcribe_notes"):
-        chunk = once(StemsChunk(0, stems))
-        heard = await transcribe_stems(chunk, mixture.sample_rate_hz, models.transcriber, infer)
+        chunk = stream(StemsChunk(0, stems))
+        sections: list[Section] = []
+        await transcribe_stems(
+            chunk,
+            mixture.sample_rate_hz,
+            models.transcriber,
+            infer,
+            on_section=sections.append,
+        )
     with timed(spent, "find_beats"):
         grid = find_beats(mixture)
     duration_s = mixture.duration_s
     with timed(spent, "generate_notes"):
-        plan = plan_song(heard, grid, duration_s, options)
+        plans = plan_while_heard(stream(*sections), grid, duration_s, options)
         written = await join_notes(
-            generate_notes(one_plan(plan), grid, duration_s, models.generator, infer, options)
+            generate_notes(plans, grid, duration_s, models.generator, infer, options)
         )
     with timed(spent, "synthesize_audio"):
         played = await synthesize_tracks(written, length, models.synthesizer, infer)
@@ -120,9 +127,10 @@ async def one_after_the_other(
         return encode(audio, "wav16")
 
 
-async def once(item: Any) -> AsyncIterator[Any]:
-    """A stream of one item."""
-    yield item
+async def stream(*items: Any) -> AsyncIterator[Any]:
+    """What is there already, as a stage takes it."""
+    for item in items:
+        yield item
 
 
 @contextmanager
