@@ -5,8 +5,9 @@
 Both compute the same thing from the same seeded random weights of full size, in processes of
 their own, in turn, `--rounds` times after one call that does not count. The served side runs what
 the stage's runner runs and imports no torch. Of separation the call is a whole song, as demucs'
-`apply_model` takes it; ours computes two windows at once on half the cores each, as the runner
-does; of the others it is one batch of one window. Writes benchmarks/results/export.json.
+`apply_model` takes it. Of transcription it is a song's windows, one after the other as basic-pitch
+computes them, and in batches of four, two at once, as our runner does. Of the others it is one batch
+of one window. Writes benchmarks/results/export.json.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from export.serve import ServedCall
 from export.time_calls import Side, cores, time_in_turn
 from export.variants import reduce_precision
 from remix.manifest import MANIFEST_PATH, ModelEntry, read_manifest
+from remix.piano_roll import SAMPLE_RATE_HZ
 from remix.settings import Settings
 from remix.stages import Tensors
+from remix.transcribe_notes import WINDOW_HOP_SAMPLES
 
 RESULT = MANIFEST_PATH.parent / "benchmarks/results/export.json"
 
@@ -40,6 +43,9 @@ TARGETS = {"htdemucs": 1.8, "quickvc": 2.0, "fcpe": 1.0, "basic-pitch": 1.0}
 """Times as fast as the original, at least; within `NOISE` of a machine that others use too."""
 
 NOISE = 0.97
+
+TRANSCRIBED_AT_ONCE = 4
+"""Windows of a batch: `max_batch` of basic-pitch in models.toml."""
 
 PRECISION = {"quickvc": "int8"}
 """What is served on a CPU where it is not fp32: in fp32 a vocoder is at the processor's peak on
@@ -89,17 +95,26 @@ def measure(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, A
     record(entry, manifest)
     inputs = inputs_of(original, seconds)
     np.savez(inputs_path, allow_pickle=False, **dict(inputs))
-    threads = max(1, cores() // 2) if "song" in inputs else cores()
+    is_song = original.stage in ("separate_stems", "transcribe_notes")
+    threads = max(1, cores() // 2) if is_song else cores()
     sides = [
         Side("original", str(inputs_path), "", name, str(checkpoint), cores()),
-        Side("served", str(inputs_path), str(manifest), entry.name, str(models), threads),
+        Side(
+            "served",
+            str(inputs_path),
+            str(manifest),
+            entry.name,
+            str(models),
+            threads,
+            TRANSCRIBED_AT_ONCE if original.stage == "transcribe_notes" else 0,
+        ),
     ]
     agreement = agreement_db(original, entry, Settings(models, models, threads=threads), inputs)
     timings = time_in_turn(sides, folder, rounds)
     first, second = timings["original"], timings["served"]
     times = round(first.median_s / second.median_s, 2) if second.median_s else 0.0
     return {
-        "call": f"a song of {seconds:g} s" if "song" in inputs else "one window",
+        "call": f"a song of {seconds:g} s" if is_song else "one window",
         "backend": entry.backend.get("cpu", "onnx"),
         "precision": PRECISION.get(name, "fp32"),
         "timings": {side: asdict(timing) for side, timing in timings.items()},
@@ -128,7 +143,9 @@ def backend_of(architecture: str) -> dict[str, str]:
 
 
 def inputs_of(original: Original, seconds: float) -> Tensors:
-    """A typical call: of separation a song, else one window."""
+    """A typical call: of separation and transcription a song, else one window."""
+    if original.stage == "transcribe_notes":
+        return original.speed_inputs(round(seconds * SAMPLE_RATE_HZ / WINDOW_HOP_SAMPLES))
     if original.stage != "separate_stems":
         return original.speed_inputs(1)
     songs = [case.inputs["song"] for case in original.cases() if "song" in case.inputs]

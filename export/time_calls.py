@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Side:
         entry: name in the manifest; of the original: its architecture.
         models: the models folder; of the original: its checkpoint.
         threads: of one model call.
+        rows: of a batch, of what serves; 0 to compute all in one call.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Side:
     entry: str
     models: str
     threads: int
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ def _call_of(side: Side) -> Callable[[Tensors], Mapping[str, Any]]:
     if side.manifest:
         entry = read_manifest(Path(side.manifest))[side.entry]
         models = Path(side.models)
-        return ServedCall(entry, Settings(models, models, threads=side.threads))
+        served = ServedCall(entry, Settings(models, models, threads=side.threads))
+        return partial(served.in_batches, rows=side.rows) if side.rows else served
     import torch  # the originals', and nobody's who serves
 
     from export.architectures import architecture_of

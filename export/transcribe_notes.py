@@ -59,9 +59,12 @@ class BasicPitch(Original):
             self._model: Any = importlib.import_module("basic_pitch.inference").Model(path)
 
     def reference(self, inputs: Tensors) -> Arrays:
-        """`basic_pitch.inference.Model.predict`."""
-        predicted = self._model.predict(inputs[AUDIO])
-        return {OUTPUTS[name]: np.asarray(array) for name, array in predicted.items()}
+        """`basic_pitch.inference.run_inference`: `Model.predict` of one window after the other."""
+        predicted = [self._model.predict(window[None]) for window in inputs[AUDIO]]
+        return {
+            graph: np.concatenate([each[name] for each in predicted])
+            for name, graph in OUTPUTS.items()
+        }
 
     def onnx(self) -> onnx.ModelProto:
         """A copy."""
