@@ -6,8 +6,8 @@ Both compute the same thing from the same seeded random weights of full size, in
 their own, in turn, `--rounds` times after one call that does not count. The served side runs what
 the stage's runner runs and imports no torch. Of separation the call is a whole song, as demucs'
 `apply_model` takes it. Of transcription it is a song's windows, one after the other as basic-pitch
-computes them, and in batches of four, two at once, as our runner does. Of the others it is one batch
-of one window. Writes benchmarks/results/export.json.
+computes them, and in batches of four, two at once, as our runner does. Of the others it is one
+batch of one window. Writes benchmarks/results/export.json.
 """
 
 from __future__ import annotations
