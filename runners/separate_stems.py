@@ -7,8 +7,8 @@ in the graph, and as convolutions inside the graph they would be 110 billion ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import bentoml
 import numpy as np
@@ -22,7 +22,7 @@ from remix.settings import Settings
 from remix.stages import Tensors
 from remix.stft import Framing, istft, stft
 from runners.inference_protocol import ServedModel
-from runners.open_graph import Graph, open_graph
+from runners.open_graph import open_graph
 from runners.runner import SERVICE, Runner
 
 FFT_SAMPLES = 4096
@@ -32,6 +32,9 @@ LEAD_SAMPLES = HOP_SAMPLES // 2 * 3
 """Frame n is centred on the middle of hop n. Source: demucs 4.1.0, htdemucs.py, `_spec`."""
 
 NYQUIST = FFT_SAMPLES // 2
+
+Compute: TypeAlias = Callable[[Tensors], dict[str, NDArray[Any]]]
+"""A graph, however it runs."""
 
 
 class SeparationModel(ServedModel):
@@ -43,7 +46,7 @@ class SeparationModel(ServedModel):
         device: whose batch limit holds.
     """
 
-    def __init__(self, entry: ModelEntry, graph: Graph, device: str) -> None:
+    def __init__(self, entry: ModelEntry, graph: Compute, device: str) -> None:
         separator = Separator.of(entry)
         n_samples, n_stems = separator.window_samples, len(separator.stems)
         self.name = entry.name
