@@ -26,7 +26,7 @@ def python_packages(venv: Path) -> Iterator[Component]:
         for package in distributions(path=[str(folder)]):
             metadata = package.metadata
             name = metadata["Name"].lower().replace("_", "-").replace(".", "-")
-            licence = metadata.get("License-Expression") or (metadata.get("License") or "")
+            licence = metadata["License-Expression"] or metadata["License"] or ""
             yield _component("pypi", name, package.version, licence.partition("\n")[0])
 
 

@@ -162,8 +162,10 @@ def outside(song: bytes, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np
 
 
 def post_remix(url: str, song: bytes) -> bytes:
-    files = {"song": ("song", song), "options": (None, json.dumps(OPTIONS))}
-    answer = httpx.post(f"{url}/v1/remix", files=files, timeout=JOBS_S)
+    form = {"options": json.dumps(OPTIONS)}
+    answer = httpx.post(
+        f"{url}/v1/remix", files={"song": ("song", song)}, data=form, timeout=JOBS_S
+    )
     assert answer.status_code == 200, answer.text
     return answer.content
 
@@ -381,6 +383,7 @@ def test_stop_within_the_grace_finishes_or_parks_what_is_in_flight(
 
 
 def test_both_replicas_of_a_runner_work(stack: Stack, song: bytes) -> None:
+    stack.up()  # while it runs, one more
     stack.up("--scale", "separate_stems=2")
     replicas = stack.containers("separate_stems")
     assert len(replicas) == 2

@@ -54,7 +54,7 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients look up a name again when a connection ends: so new replicas get their share.
-    ("grpc.max_connection_age_ms", 300_000),
+    ("grpc.max_connection_age_ms", 30_000),
 ]
 
 
