@@ -43,7 +43,9 @@ class TorchScriptSession:
         path = entry.verified_path(settings.models_dir, file)
         extra = {FACTS: ""}
         try:
-            module = torch.jit.load(path, settings.device, _extra_files=extra)
+            module = torch.jit.load(  # type: ignore[no-untyped-call]
+                path, settings.device, _extra_files=extra
+            )
         except (RuntimeError, ValueError) as error:
             raise InvalidModel(f"{path} of model {entry.name} cannot be loaded: {error}") from error
         if not extra[FACTS]:
