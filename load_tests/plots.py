@@ -19,10 +19,11 @@ SIZE_INCHES = (7.0, 3.4)
 def rates(runs: Runs, knee: Mapping[str, Any]) -> str:
     """Good answers over offered load: past the knee they must not collapse."""
     figure, axes = _figure("requests offered a second", "requests a second")
-    found = sorted((run["offered_per_s"], run) for run in runs if "knee" in run["name"])
-    offered = [rate for rate, _ in found]
-    axes.plot(offered, [run["good_per_s"] for _, run in found], "o-", label="good")
-    axes.plot(offered, [run["completed_per_s"] for _, run in found], ".:", label="completed")
+    around = [run for run in runs if "knee" in run["name"]]
+    found = sorted(around, key=lambda run: float(run["offered_per_s"]))
+    offered = [run["offered_per_s"] for run in found]
+    axes.plot(offered, [run["good_per_s"] for run in found], "o-", label="good")
+    axes.plot(offered, [run["completed_per_s"] for run in found], ".:", label="completed")
     axes.plot(offered, offered, color="0.8", label="offered")
     if knee["sustained_hz"]:
         axes.axvline(knee["sustained_hz"], color="0.5", linestyle="--", label="knee")

@@ -119,8 +119,8 @@ def test_report_says_what_made_the_remix(parts: dict[str, bytes]) -> None:
         assert all(len(file["sha256"]) == 64 for file in model["files"])
     assert {"seed", "noise_seed", "voice"} <= set(report["options"])
     for spent in report["times"]["stages"].values():
-        assert spent["compute_s"] > 0
-        assert spent["windows"] > 0
+        assert spent["windows"] + spent["cached"] > 0  # others may have sent this song before
+        assert (spent["compute_s"] > 0) == (spent["windows"] > 0)
     evaluation = report["evaluation"]
     assert evaluation["max_abs_correlation"] > 0
     assert 0 <= evaluation["normalised_correlation"] <= 1
@@ -177,10 +177,14 @@ def test_lists_name_the_installed_models_and_voices(http: httpx.Client) -> None:
 def test_many_remixes_leave_memory_and_files_as_they_were(
     server: ServerProcess, http: httpx.Client, short_song: bytes
 ) -> None:
+    samples, rate_hz = soundfile.read(io.BytesIO(short_song), dtype="float32")
+
     def remix(seed: int) -> None:
+        another = io.BytesIO()  # a little softer: no window of it is in the cache
+        soundfile.write(another, samples * (1 - seed / 1000), rate_hz, format="WAV")
         answer = http.post(
             "/v1/remix",
-            files={"song": ("s", short_song)},
+            files={"song": ("s", another.getvalue())},
             data={"options": json.dumps({"seed": seed})},
             headers={"Accept": "application/zip", "X-Request-Id": f"row-{seed}"},
         )
