@@ -19,6 +19,7 @@ import json
 import logging
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,11 @@ class StageCache:
         return self._manifest[model].stage
 
     async def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written, and what was written last has its room too."""
         await asyncio.gather(*self._writes)
+        if 0 < self._unscanned_bytes < float("inf"):
+            with suppress(StorageUnavailable):
+                await self._evict()
         self._files.close()
 
     async def outputs(
