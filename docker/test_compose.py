@@ -126,7 +126,7 @@ def new_stack(project: str, profile: str) -> Stack:
 def stack() -> Iterator[Stack]:
     """Images and models are there, nothing runs yet."""
     if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
-        pytest.skip("no engine answers: `docker info` says why")
+        pytest.fail("No engine answers: `docker info` says why.")
     for image, target in STAND_INS.items():
         if (
             not docker("images", "-q", image)

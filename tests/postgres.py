@@ -50,6 +50,7 @@ class Postgres:
 def postgres() -> Iterator[Postgres]:
     """A server on a socket in a folder of its own; skips where none is installed."""
     if not BINARIES:
+        # The project's own set-up needs none, SQLite is its default; the same tests run on that.
         pytest.skip("PostgreSQL is not installed here: apt-get install postgresql")
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # its socket's path must be short
     try:
