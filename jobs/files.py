@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,10 +106,13 @@ class Files:
                 return None
 
     def mark_used(self, path: str) -> None:
-        """Make a file the last to be evicted; an object store has no such mark."""
+        """Make a file the last to be evicted; an object store has no such mark.
+
+        One that was evicted a moment ago stays so: touched, it would come back without a byte.
+        """
         if self._is_local:
-            with _storage(path):
-                Path(self._at(path)).touch()
+            with _storage(path), suppress(FileNotFoundError):
+                os.utime(self._at(path))
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files and folders with all that is in them; what is not there is no error."""

@@ -166,6 +166,18 @@ def test_least_recently_used_entries_go_when_there_is_no_room(tmp_path: Path) ->
     asyncio.run(work())
 
 
+def test_entry_that_is_evicted_before_it_is_marked_as_used_is_gone(tmp_path: Path) -> None:
+    """Another composer evicts between the two: an entry without a byte would be left."""
+    files = Files(str(tmp_path))
+    files.write("ab/entry", b"a window")
+    files.delete(["ab/entry"])
+    files.mark_used("ab/entry")
+    (tmp_path / "ab").rmdir()
+    files.mark_used("ab/entry")
+    assert entries(tmp_path) == []
+    files.close()
+
+
 def test_song_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
     async def work() -> None:
         (tmp_path / "file").write_text("where the folder should be")
