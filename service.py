@@ -3,8 +3,8 @@
     bentoml serve service:Remix     the composer, and beside it every runner that no
                                     PHILHARMONICS_RUNNER_* variable says is elsewhere
 
-BentoML brings health (`/livez`, `/readyz`), `/metrics` and the server; the routes are a FastAPI
-app (`http_api`), because BentoML's own cannot speak of media types, streams and problems.
+BentoML brings health (`/livez`, `/readyz`) and the server; the routes are a FastAPI app
+(`http_api`), because BentoML's own cannot speak of media types, streams and problems.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bentoml._internal.configuration.containers import BentoMLContainer
 from grpc_service import GrpcService, check_port
 from http_api.app import build_app
 from http_api.guard import Guard
+from http_api.observed import Observed
 from http_api.problems import problem
 from jobs.database import Database, open_database
 from jobs.desk import WORK_S, Desk
@@ -28,7 +29,7 @@ from jobs.files import Files
 from jobs.jobs import Jobs
 from jobs.keys import KeyStore
 from jobs.stage_cache import StageCache
-from remix.composer import Composer, warm_up
+from remix.composer import warm_up
 from remix.manifest import read_manifest
 from remix.settings import GRPC_HOST
 from runners.beside import beside, settings_with_runtime_dir
@@ -36,6 +37,8 @@ from runners.ingress import Draining, Ingress
 from runners.processes import end_with_first
 from runners.remote_stages import Runners
 from runners.runner import QUIET_MALLOC
+from telemetry.composer import ObservedComposer
+from telemetry.process import ProcessWatch
 
 _settings = settings_with_runtime_dir()
 _ingress = Ingress(_settings.drain_s)
@@ -48,6 +51,7 @@ _desk = Desk(_settings)
     workers=1,  # slots and progress are counted in this process; more composers are more replicas
     traffic={"timeout": 2 * WORK_S},  # the routes have limits of their own, with better answers
     endpoints={"livez": "/livez", "readyz": "/readyz"},
+    metrics={"enabled": False},  # a series for every path that was asked for; see telemetry
 )
 @bentoml.asgi_app(build_app(_desk))
 class Remix:
@@ -77,6 +81,8 @@ class Remix:
     async def open(self) -> None:
         """Warm up, prepare the channels to the runners, and take requests."""
         end_with_first()
+        self._watch = ProcessWatch("composer")
+        self._watch.start()
         await asyncio.to_thread(warm_up)
         self._database = Database(await asyncio.to_thread(open_database, _settings.database_url))
         _desk.keys = KeyStore(self._database)
@@ -88,7 +94,7 @@ class Remix:
         self._cache = StageCache(
             Files(_settings.cache_url), _settings.cache_bytes, manifest, _settings.models_dir
         )
-        composer = Composer(
+        composer = ObservedComposer(
             _settings, manifest, lambda: self._cache.for_song(self._runners.for_song())
         )
         self._jobs = Jobs(_settings, composer, _desk.estimator, self._database)
@@ -109,6 +115,7 @@ class Remix:
         await self._jobs.stop()
         await self._cache.close()
         await self._runners.close()
+        await self._watch.stop()
         self._database.close()
 
     async def __is_ready__(self) -> bool:
@@ -121,6 +128,7 @@ class Remix:
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
+cast(Any, Remix).add_asgi_middleware(Observed)
 cast(Any, Remix).add_asgi_middleware(Draining, ingress=_ingress, answer=problem)
 cast(Any, Remix).add_asgi_middleware(
     Guard, door=_desk.door, max_body_bytes=_settings.max_upload_bytes

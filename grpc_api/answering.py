@@ -14,12 +14,13 @@ from prometheus_client import Histogram
 
 from grpc_api.statuses import kind_of, refuse
 from remix.errors import RunnerUnavailable
+from telemetry.exposition import LONG_SECONDS
 
 SECONDS = Histogram(
     "philharmonics_grpc_seconds",
-    "Time a gRPC call took, by how it ended",
+    "Time a call of gRPC took",
     ["method", "code"],
-    buckets=(0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
+    buckets=LONG_SECONDS,
 )
 
 Answer = TypeVar("Answer")

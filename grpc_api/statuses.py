@@ -18,6 +18,7 @@ from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
 from remix import errors
+from telemetry.refusals import REFUSALS
 
 DOMAIN = "philharmonics"
 
@@ -143,6 +144,7 @@ def as_json(value: object) -> str:
 async def refuse(context: Any, error: BaseException) -> NoReturn:
     """End a call with what an error is to its caller."""
     kind, status = kind_of(error), status_of(error)
+    REFUSALS.labels("grpc", kind.reason.lower().replace("_", "-")).inc()
     await context.abort(kind.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
     raise AssertionError("abort raises")
 

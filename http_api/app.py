@@ -27,6 +27,7 @@ from http_api.uploads import read_upload
 from jobs.desk import Desk
 from remix.errors import RemixError
 from remix.options import parse_options
+from telemetry.exposition import MEDIA_TYPE, metrics
 
 
 async def serve(
@@ -79,6 +80,7 @@ def build_app(desk: Desk) -> FastAPI:
     add_key_routes(app, desk)
     add_job_routes(app, desk)
     add_quote_route(app, desk)
+    _add_metrics(app)
     _add_docs(app)
     return app
 
@@ -112,7 +114,6 @@ def _add_lists(app: FastAPI, desk: Desk) -> None:
 
 def _add_progress(app: FastAPI, board: ProgressBoard) -> None:
     @app.get(
-        # A parameter, not a part of the path: /metrics has a series for every path.
         "/v1/progress",
         summary="Watch a request",
         response_class=StreamingResponse,
@@ -140,6 +141,12 @@ def _add_progress(app: FastAPI, board: ProgressBoard) -> None:
         return StreamingResponse(
             entry.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
+
+
+def _add_metrics(app: FastAPI) -> None:
+    @app.get("/metrics", include_in_schema=False)
+    def text() -> Response:
+        return Response(metrics(), media_type=MEDIA_TYPE)
 
 
 def _add_docs(app: FastAPI) -> None:

@@ -17,9 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from remix import errors
 from remix.errors import excerpt
+from telemetry.refusals import REFUSALS
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -147,7 +149,19 @@ def problem(error: Exception) -> JSONResponse:
         headers.setdefault("Retry-After", str(math.ceil(retry_after_s)))
     if kind.status == 401:
         headers["WWW-Authenticate"] = CHALLENGE
-    return JSONResponse(body_of(error), kind.status, headers, MEDIA_TYPE)
+    return _Problem(body_of(error), kind, headers)
+
+
+class _Problem(JSONResponse):
+    """An answer that is counted when it is given."""
+
+    def __init__(self, body: dict[str, Any], kind: Kind, headers: Mapping[str, str]) -> None:
+        super().__init__(body, kind.status, headers, MEDIA_TYPE)
+        self._reason = kind.name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        REFUSALS.labels("http", self._reason).inc()
+        await super().__call__(scope, receive, send)
 
 
 def body_of(error: Exception) -> dict[str, Any]:

@@ -77,6 +77,18 @@ class Claims(Rows):
 
         return await self.database.call(work)
 
+    async def census(self) -> tuple[dict[State, int], float]:
+        """How many jobs are in each state, and how long the oldest queued one has waited."""
+
+        def work(db: sa.Connection) -> tuple[dict[State, int], float]:
+            columns = JOBS.c.state, sa.func.count(), sa.func.min(JOBS.c.created_s)
+            rows = db.execute(sa.select(*columns).group_by(JOBS.c.state)).all()
+            now_s = self.database.now_s(db)
+            oldest_s = next((since_s for state, _, since_s in rows if state == "queued"), now_s)
+            return {state: count for state, count, _ in rows}, max(0.0, now_s - oldest_s)
+
+        return await self.database.read(work)
+
     async def take_over(self, uid: str) -> Claim | None:
         """Go on with an abandoned job; None if somebody else was faster."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from remix.options import RemixOptions
 from remix.stages import Stage
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
+
+STATES: tuple[State, ...] = get_args(State)
 
 ENDED: frozenset[State] = frozenset({"done", "failed", "cancelled"})
 """States that a job does not leave any more."""

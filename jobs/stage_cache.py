@@ -33,7 +33,7 @@ from remix.composer import TimedInfer
 from remix.errors import StorageUnavailable
 from remix.manifest import Manifest, expected_sha256
 from remix.report import StageTime
-from remix.stages import Stage, Tensors
+from remix.stages import STAGES, Stage, Tensors
 
 WINDOWS = Counter(
     "philharmonics_cache_windows",
@@ -91,6 +91,9 @@ class StageCache:
         self._eviction = asyncio.Lock()
         self._scanned_bytes = 0
         self._unscanned_bytes = float("inf")  # so that the first write scans
+        for stage in STAGES:
+            for outcome in ("hit", "miss", "damaged", "unwritten"):
+                WINDOWS.labels(stage, outcome)
 
     def for_song(self, infer: TimedInfer) -> TimedInfer:
         """`infer`, asked only for what is not in the store; itself where nothing is to be kept."""

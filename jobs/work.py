@@ -8,13 +8,17 @@ import json
 import logging
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import Histogram
+
 from jobs.claims import Claim, Claims
 from jobs.files import Files
+from jobs.identity import time_of
 from jobs.job import ArtifactInfo
 from jobs.rows import Row, StoredArtifact, played_path
 from remix.audio import Audio, Samples
@@ -24,9 +28,16 @@ from remix.errors import StorageUnavailable
 from remix.mix_tracks import SAMPLE_RATE_HZ
 from remix.result_files import media_type_of, remix_files
 from remix.stages import Stage
+from telemetry.exposition import LONG_SECONDS
 
 NOTE_S = 0.25
 """Progress and sound are noted at most so often: each time is a transaction."""
+
+FIRST_AUDIO_SECONDS = Histogram(
+    "philharmonics_first_audio_seconds",
+    "Time from a job's submission to the first of its sound",
+    buckets=LONG_SECONDS,
+)
 
 REPORT = "report.json"
 
@@ -117,6 +128,8 @@ class Attempt:
         path = played_path(self._claim.uid, self._claim.attempt, start, stop)
         await self._files.run(self._files.write, path, sound)
         await self._claims.play(self._claim, start, stop)
+        if start == 0 and self._claim.attempt == 1:
+            FIRST_AUDIO_SECONDS.observe(time.time() - time_of(self._claim.uid))
         self._sound[0] = b""
         self._played_bytes = stop
         self._ring(self._claim.uid)

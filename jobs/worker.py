@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import anyio.to_thread
+from prometheus_client import Gauge, Histogram
 
 from jobs.bells import Bells
 from jobs.claims import Claim, Claims, LostClaim
@@ -21,7 +22,7 @@ from jobs.database import Database
 from jobs.estimate import Estimator
 from jobs.files import Files
 from jobs.identity import time_of
-from jobs.job import ArtifactInfo, JobFailure
+from jobs.job import ENDED, STATES, ArtifactInfo, JobFailure
 from jobs.rows import Row, StoredArtifact
 from jobs.webhook import Webhooks
 from jobs.work import Workshop
@@ -29,6 +30,7 @@ from jobs.workflow import Outcome, Workflows
 from remix.composer import Composer
 from remix.errors import QueueFull, RemixError, RunnerUnavailable, StorageUnavailable
 from remix.settings import Settings
+from telemetry.exposition import LONG_SECONDS
 
 POLL_S = 1.0
 """What another composer leaves is seen after so long; what comes in here, at once."""
@@ -45,11 +47,33 @@ PATIENCE_S = 3_600.0
 MAX_ATTEMPTS = 20
 """A job whose composer died so often has killed it."""
 
+COUNT_S = 5.0
+"""Between two counts of the jobs, for the metrics."""
+
 SWEEP_S = 30.0
 """Between two looks for what has been kept for long enough."""
 
 ORPHAN_S = 3_600.0
 """A folder of files that is so old and belongs to no job was left by a crash."""
+
+JOBS = Gauge(
+    "philharmonics_jobs",
+    "Jobs by state, in all composers of the database; those that have ended as long as they are "
+    "kept",
+    ["state"],
+    multiprocess_mode="livemax",
+)
+JOB_AGE_SECONDS = Gauge(
+    "philharmonics_job_age_seconds",
+    "How long the oldest queued job has waited, 0 where none waits",
+    multiprocess_mode="livemax",
+)
+JOB_SECONDS = Histogram(
+    "philharmonics_job_seconds",
+    "Time from a job's submission to its end, by how it ended; of jobs that were begun",
+    ["state"],
+    buckets=LONG_SECONDS,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +130,8 @@ class Worker:
         self._left = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
         self.is_stopping = False
+        for state in sorted(ENDED):
+            JOB_SECONDS.labels(state)
 
     async def start(self) -> None:
         """Take up what a dead composer left, and begin to work."""
@@ -117,6 +143,7 @@ class Worker:
             asyncio.create_task(self._forever(work, every_s))
             for work, every_s in (
                 (self._renew, self._settings.lease_s / LEASES_RENEWED),
+                (self._count, COUNT_S),
                 (self._sweep, min(SWEEP_S, max(1.0, self._settings.retention_s / 4))),
             )
         ]
@@ -207,6 +234,13 @@ class Worker:
                 one.is_cancelled = (await self._claims.row(one.claim)).job.state == "cancelled"
             one.stop()
 
+    async def _count(self) -> None:
+        """Tell the metrics how many jobs there are."""
+        counts, age_s = await self._claims.census()
+        for state in STATES:
+            JOBS.labels(state).set(counts.get(state, 0))
+        JOB_AGE_SECONDS.set(age_s)
+
     async def _sweep(self) -> None:
         """Delete what has been kept for long enough, and what a crash left."""
         if uids := await self._claims.expired():
@@ -291,6 +325,8 @@ class Worker:
                 )
             row = await self._claims.row(held.claim, PATIENCE_S)
         held.has_settled = True
+        if row.job.ended_s is not None:
+            JOB_SECONDS.labels(row.job.state).observe(row.job.ended_s - row.job.created_s)
         self._wake.set()
         self._bells.ring(uid)
         return bool(row.webhook_url)

@@ -25,37 +25,66 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from remix.errors import DeadlineExceeded, ModelFailed, QueueFull, RemixError
 from remix.stages import Tensors
+from telemetry.exposition import SECONDS
 
-SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 QUEUE_SECONDS = Histogram(
     "philharmonics_queue_seconds", "Time a request waited for a worker", ["model"], buckets=SECONDS
 )
 COMPUTE_SECONDS = Histogram(
     "philharmonics_compute_seconds", "Time a batch took to compute", ["model"], buckets=SECONDS
 )
-BATCH_ROWS = Histogram(
-    "philharmonics_batch_rows", "Windows in a batch", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64)
+BATCH_WINDOWS = Histogram(
+    "philharmonics_batch_windows",
+    "Windows in a batch",
+    ["model"],
+    buckets=(1, 2, 4, 8, 16, 32, 64),
 )
-QUEUE_ROWS = Gauge(
-    "philharmonics_queue_rows", "Windows that wait now", ["model"], multiprocess_mode="livesum"
+QUEUE_WINDOWS = Gauge(
+    "philharmonics_queue_windows", "Windows that wait now", ["model"], multiprocess_mode="livesum"
 )
-COMPUTING_ROWS = Gauge(
-    "philharmonics_computing_rows",
+QUEUE_AGE_SECONDS = Gauge(
+    "philharmonics_queue_age_seconds",
+    "How long the oldest of them has waited, 0 where none waits",
+    ["model"],
+    multiprocess_mode="livemax",
+)
+COMPUTING_WINDOWS = Gauge(
+    "philharmonics_computing_windows",
     "Windows that are computed now",
     ["model"],
     multiprocess_mode="livesum",
 )
-ROWS = Counter(
-    "philharmonics_rows",
+WINDOWS = Counter(
+    "philharmonics_windows",
     "Windows: computed; cancelled or overdue before they cost anything; wasted, because their "
     "caller went away while they were computed; failed",
     ["model", "outcome"],
 )
-REQUESTS = Counter("philharmonics_requests", "Requests by how they ended", ["model", "outcome"])
+WINDOW_OUTCOMES = ("computed", "cancelled", "overdue", "wasted", "failed")
+PADDING_WINDOWS = Counter(
+    "philharmonics_padding_windows",
+    "Computed padding, as parts of a window: silence behind a song's end, prompts filled up to "
+    "the longest of a batch",
+    ["model"],
+)
+REQUESTS = Counter(
+    "philharmonics_requests",
+    "Requests by how they ended: done, failed, cancelled, refused",
+    ["model", "outcome"],
+)
+REQUEST_OUTCOMES = ("done", "failed", "cancelled", "refused")
 
 _log = logging.getLogger(__name__)
 
 Compute = Callable[[Tensors], dict[str, NDArray[Any]]]
+
+Padding = Callable[[Tensors, Tensors], float]
+"""(inputs, outputs) -> how many windows' worth of what was computed was padding."""
+
+
+def no_padding(inputs: Tensors, outputs: Tensors) -> float:
+    """Of a model that nothing is filled up for."""
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +126,7 @@ class AdaptiveBatcher:
         *,
         max_batch_rows: int,
         max_queue_rows: int,
+        padding: Padding = no_padding,
     ) -> None:
         """Prepare; nothing runs until the first `submit`.
 
@@ -106,14 +136,23 @@ class AdaptiveBatcher:
             workers: who computes.
             max_batch_rows: the largest B; a single larger request is computed alone.
             max_queue_rows: rows that may wait; more are refused.
+            padding: tells how much of a batch was waste.
         """
         self._name = name
         self._compute = compute
         self._workers = workers
         self._max_batch_rows = max_batch_rows
         self._max_queue_rows = max_queue_rows
+        self._padding = padding
         self._waiting: deque[_Request] = deque()
         self._dispatches: set[asyncio.Task[None]] = set()
+        # What has not happened yet is 0, not unknown: a rate sees the first of it.
+        PADDING_WINDOWS.labels(name)
+        for outcome in WINDOW_OUTCOMES:
+            WINDOWS.labels(name, outcome)
+        for outcome in REQUEST_OUTCOMES:
+            REQUESTS.labels(name, outcome)
+        self.show_queue()
 
     async def submit(
         self, inputs: Tensors, deadline_s: float = float("inf")
@@ -150,7 +189,7 @@ class AdaptiveBatcher:
             asyncio.get_running_loop().create_future(),
         )
         self._waiting.append(request)
-        QUEUE_ROWS.labels(self._name).set(waiting_rows + rows)
+        self.show_queue()
         dispatch = asyncio.create_task(self._dispatch())
         self._dispatches.add(dispatch)  # the loop itself holds tasks only weakly
         dispatch.add_done_callback(self._dispatches.discard)
@@ -171,13 +210,16 @@ class AdaptiveBatcher:
         if request in self._waiting:
             self._waiting.remove(request)
             self._count(request, "cancelled")
-            self._show_queue()
+            self.show_queue()
 
     def _count(self, request: _Request, outcome: str) -> None:
-        ROWS.labels(self._name, outcome).inc(request.rows)
+        WINDOWS.labels(self._name, outcome).inc(request.rows)
 
-    def _show_queue(self) -> None:
-        QUEUE_ROWS.labels(self._name).set(sum(request.rows for request in self._waiting))
+    def show_queue(self) -> None:
+        """Tell the metrics how long the queue is, and since when; its age grows by itself."""
+        QUEUE_WINDOWS.labels(self._name).set(sum(request.rows for request in self._waiting))
+        oldest_s = min((r.arrival_s for r in self._waiting), default=time.monotonic())
+        QUEUE_AGE_SECONDS.labels(self._name).set(time.monotonic() - oldest_s)
 
     async def _dispatch(self) -> None:
         async with self._workers.free:
@@ -205,7 +247,7 @@ class AdaptiveBatcher:
             else:
                 left.append(request)
         self._waiting = left
-        self._show_queue()
+        self.show_queue()
         return batch
 
     def _overdue(self, request: _Request) -> DeadlineExceeded:
@@ -220,7 +262,7 @@ class AdaptiveBatcher:
 
     async def _run(self, batch: list[_Request]) -> None:
         rows = sum(request.rows for request in batch)
-        computing = COMPUTING_ROWS.labels(self._name)
+        computing = COMPUTING_WINDOWS.labels(self._name)
         computing.inc(rows)
         try:
             outputs, timing_of = await asyncio.get_running_loop().run_in_executor(
@@ -258,14 +300,15 @@ class AdaptiveBatcher:
     ) -> tuple[list[dict[str, NDArray[Any]]], Callable[[_Request], Timing]]:
         start_s = time.monotonic()
         rows = sum(request.rows for request in batch)
+        inputs = batch[0].inputs
         if len(batch) == 1:
-            outputs = [self._compute(batch[0].inputs)]
+            computed = self._compute(inputs)
+            outputs = [computed]
         else:
-            merged = {
-                name: np.concatenate([request.inputs[name] for request in batch])
-                for name in batch[0].inputs
+            inputs = {
+                name: np.concatenate([request.inputs[name] for request in batch]) for name in inputs
             }
-            computed = self._compute(merged)
+            computed = self._compute(inputs)
             ends = np.cumsum([request.rows for request in batch])
             outputs = [
                 {name: array[end - request.rows : end] for name, array in computed.items()}
@@ -273,7 +316,8 @@ class AdaptiveBatcher:
             ]
         compute_s = time.monotonic() - start_s
         COMPUTE_SECONDS.labels(self._name).observe(compute_s)
-        BATCH_ROWS.labels(self._name).observe(rows)
+        BATCH_WINDOWS.labels(self._name).observe(rows)
+        PADDING_WINDOWS.labels(self._name).inc(self._padding(inputs, computed))
         for request in batch:
             QUEUE_SECONDS.labels(self._name).observe(start_s - request.arrival_s)
         return outputs, lambda r: Timing(start_s - r.arrival_s, compute_s, rows)

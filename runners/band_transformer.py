@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import Counter
 
 from remix.errors import InvalidModel, InvalidOption
 from remix.generate_notes import HISTORY_TOKENS, WINDOW_BARS, WINDOW_TOKENS
@@ -40,6 +41,8 @@ from runners.inference_protocol import ServedModel
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Step = Callable[[Tensors], dict[str, NDArray[Any]]]
+
+TOKENS = Counter("philharmonics_generator_tokens", "Tokens that were written", ["model"])
 
 CACHE_TOKENS = 128
 """The cache grows in steps of this. What lies beyond a row's end is weighed with exact zeros, so a
@@ -230,7 +233,15 @@ class BandTransformer(ServedModel):
         tokens = np.full((len(rows), WINDOW_TOKENS), -1, np.int64)
         for row, target in zip(rows, tokens, strict=True):
             target[: len(row.tokens)] = row.tokens
+        TOKENS.labels(self.name).inc(int((tokens >= 0).sum()))
         return {"tokens": tokens}
+
+    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
+        """Prompts are filled up to the longest; who is done takes no further part in its batch."""
+        prompts = (inputs["history"] >= 0).sum(axis=1)
+        written = (outputs["tokens"] >= 0).sum(axis=1)
+        longest = prompts.max()
+        return float(((longest - prompts) / (longest + written)).sum())
 
     def _write(self, rows: list[Row], temperature: Floats, top_p: Floats) -> None:
         live = [index for index, row in enumerate(rows) if not row.is_done]

@@ -24,7 +24,7 @@ from remix.manifest import ModelEntry, TensorSpec, installed, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
 from remix.vocal_frames import WINDOW_SAMPLES
-from runners.inference_protocol import ServedModel
+from runners.inference_protocol import ServedModel, silent_ends
 from runners.open_graph import Graph, open_graph
 from runners.runner import SERVICE, Runner
 
@@ -46,6 +46,10 @@ class WindowModel(ServedModel):
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Compute a batch."""
         return self._graph(inputs)
+
+    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
+        """See `ServedModel.padding`."""
+        return silent_ends(inputs[SAMPLES])
 
 
 class VoiceModel(WindowModel):
@@ -83,6 +87,10 @@ class VoiceModel(WindowModel):
                 f"send 0 to {self._n_speakers - 1}."
             )
         return self._graph(inputs)
+
+    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
+        """Of what a window has behind the song's end, its inputs say nothing: noise goes on."""
+        return 0.0
 
 
 KINDS: dict[str, type[WindowModel]] = {

@@ -70,6 +70,10 @@ class ServedModel(ABC):
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Compute a batch: {input: [B, ...]} -> {output: [B, ...]}."""
 
+    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
+        """How many windows' worth of a batch was padding, where that costs anything."""
+        return 0.0
+
     def warm_up(self) -> None:
         """Compute once, so that the first caller does not wait for what is done once."""
         self(
@@ -80,6 +84,20 @@ class ServedModel(ABC):
                 for spec in self.inputs
             }
         )
+
+
+def silent_ends(samples: NDArray[Any]) -> float:
+    """How many windows' worth of some windows is silence at their end: a song that is over.
+
+    Args:
+        samples: [B, T].
+
+    >>> silent_ends(np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]))
+    1.5
+    """
+    n_samples = samples.shape[1]
+    sound = [np.flatnonzero(row) for row in samples[samples[:, -1] == 0]]
+    return float(sum(1 - (at[-1] + 1) / n_samples if len(at) else 1.0 for at in sound))
 
 
 SERVICE = "inference.GRPCInferenceService"
@@ -112,9 +130,15 @@ class InferenceServer:
             self._workers,
             max_batch_rows=model.max_batch,
             max_queue_rows=self._max_queue_rows,
+            padding=model.padding,
         )
         self._models[model.name] = (model, batcher)
         self.is_ready = True
+
+    def show_queues(self) -> None:
+        """Tell the metrics how long the models' queues are, and since when."""
+        for _, batcher in self._models.values():
+            batcher.show_queue()
 
     def add_to(self, server: Any) -> None:
         """Answer a gRPC server's calls, before it starts.

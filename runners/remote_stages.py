@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import grpc
 from numpy.typing import NDArray
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as protocol
 
@@ -21,13 +22,21 @@ from remix.settings import Settings
 from remix.stages import STAGES, Stage, Tensors
 from runners.error_details import KEY, decode_error
 from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
-from runners.processes import enter, forget_the_dead
+from runners.processes import end_hung, enter, forget_the_dead
 from runners.retry import RetryBudget, StageHealth, Tries, Trouble
 from runners.tensor_messages import decode_response, encode_request
+from telemetry.exposition import SECONDS
 
+STAGE_SECONDS = Histogram(
+    "philharmonics_stage_seconds",
+    "Time of a call to a runner, by its parts: queue, compute, transfer (the rest: copies, wire, "
+    "scheduling)",
+    ["stage", "part"],
+    buckets=SECONDS,
+)
 RETRIES = Counter("philharmonics_retries", "Calls that were made again", ["stage", "reason"])
 AWAY = Gauge(
-    "philharmonics_runner_away",
+    "philharmonics_away_runners",
     "1: the runner does not answer",
     ["stage"],
     multiprocess_mode="livemax",
@@ -42,7 +51,12 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.RemixError]] = {
 LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 """Said of a connection that broke, and by a server that stops."""
 
+_log = logging.getLogger(__name__)
+
 PROBE_TIMEOUT_S = 2.0
+
+HUNG_S = 30.0
+"""A runner beside this composer that listens, and says nothing for so long, is started again."""
 
 FIRST_ROW_S = 4.0
 """What a window may take, as long as none has told: one of HTDemucs on one core."""
@@ -155,10 +169,13 @@ class Runners:
         spent = times[stage]
         spent.queue_s += queue_s
         spent.compute_s += row_s * rows
-        spent.transfer_s += max(0.0, end_s - start_s - queue_s - compute_s)
+        transfer_s = max(0.0, end_s - start_s - queue_s - compute_s)
+        spent.transfer_s += transfer_s
         spent.start_s = min(spent.start_s, begin_s)
         spent.end_s = max(spent.end_s, end_s)
         spent.windows += rows
+        for part, part_s in (("queue", queue_s), ("compute", compute_s), ("transfer", transfer_s)):
+            STAGE_SECONDS.labels(stage, part).observe(part_s)
         return outputs
 
     def _window_s(self, model: str, rows: int) -> float:
@@ -201,15 +218,21 @@ class Runners:
 
     def _probe(self, stage: Stage) -> Any:
         stub = protocol.GRPCInferenceServiceStub(self._channels[stage])
+        settings, answered_s = self._settings, time.monotonic()
 
         async def probe() -> bool:
+            nonlocal answered_s
             try:
                 answer = await stub.ServerReady(
                     messages.ServerReadyRequest(), timeout=PROBE_TIMEOUT_S
                 )
-                is_ready = bool(answer.ready)
+                is_ready, answered_s = bool(answer.ready), time.monotonic()
             except grpc.aio.AioRpcError:
                 is_ready = False
+            if time.monotonic() - answered_s > HUNG_S and stage not in settings.remote_runners:
+                answered_s = time.monotonic()  # its successor has as long
+                if end_hung(settings.runtime_dir, stage):
+                    _log.warning("The runner %s hung, and is started again.", stage)
             AWAY.labels(stage).set(not is_ready)
             return is_ready
 

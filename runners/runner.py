@@ -11,15 +11,17 @@ from typing import Any, ClassVar
 
 import bentoml
 import grpc
+from prometheus_client import Gauge
 
 from remix.errors import InvalidModel, NotFound
-from remix.manifest import installed, read_manifest
+from remix.manifest import expected_sha256, installed, read_manifest
 from remix.settings import Settings, read_settings
 from remix.stages import Stage
 from runners.adaptive_batcher import Workers
+from runners.front import front
 from runners.inference_protocol import SERVER_OPTIONS, InferenceServer, ServedModel
 from runners.processes import be_first, composers_gone, end_with_first, forget_the_dead
-from runners.refuse_pickle import refuse
+from telemetry.process import ProcessWatch
 
 OVERTIME_S = 10.0
 """How much later than the composers beside it a stopping runner stops, at the latest."""
@@ -28,11 +30,19 @@ QUIET_MALLOC = {"name": "MALLOC_ARENA_MAX", "value": "2"}
 """With glibc's default of eight arenas a core, the large arrays of a remix leave holes in all of
 them: 1,637 MB after 3 remixes grew to 1,755 MB after 43; with two arenas it stays at 1,586 MB."""
 
+MODEL_INFO = Gauge(
+    "philharmonics_model_info",
+    "1: this model is in use; its file has this checksum",
+    ["stage", "model", "sha256"],
+    multiprocess_mode="livemax",
+)
+
 SERVICE: dict[str, Any] = {
     "envs": [QUIET_MALLOC],
     "workers": 1,  # a second worker would split the queue; replicas share it by the balancer
     "traffic": {"timeout": 3600},
     "endpoints": {"livez": "/livez", "readyz": "/readyz"},
+    "metrics": {"enabled": False},  # a series for every path that was asked for; see telemetry
 }
 """BentoML's configuration of a runner."""
 
@@ -77,7 +87,7 @@ class Runner:
     def __init_subclass__(cls) -> None:
         """Have BentoML verify the stage's files once, in its parent process; refuse the rest."""
         super().__init_subclass__()
-        bentoml.asgi_app(refuse, path="/")(cls)
+        bentoml.asgi_app(front, path="/")(cls)
         cls.verify = bentoml.on_deployment(partial(verify_models, cls.stage))  # type: ignore[attr-defined]
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -95,6 +105,10 @@ class Runner:
         )
         for model in await asyncio.to_thread(self._load_warm, settings):
             self._inference.add(model)
+        self._watch = ProcessWatch(
+            self.stage, uses_gpu=settings.device == "cuda", also=self._inference.show_queues
+        )
+        self._watch.start()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._inference.add_to(self._server)
         if not settings.listen:
@@ -103,9 +117,12 @@ class Runner:
         await self._server.start()
 
     def _load_warm(self, settings: Settings) -> list[ServedModel]:
-        models = list(self.load(settings))
+        manifest, models = read_manifest(), list(self.load(settings))
         for model in models:
             model.warm_up()
+            file = manifest[model.name].files[0]
+            sha256 = expected_sha256(settings.models_dir, file)
+            MODEL_INFO.labels(self.stage, model.name, sha256).set(1)
         return models
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
@@ -120,6 +137,7 @@ class Runner:
             await composers_gone(self._settings.runtime_dir, limit_s + OVERTIME_S)
         self._inference.is_ready = False
         await self._server.stop(limit_s)
+        await self._watch.stop()
 
     async def __is_ready__(self) -> bool:
         """BentoML's `/readyz` asks this."""

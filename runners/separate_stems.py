@@ -21,7 +21,7 @@ from remix.separate_stems import INPUT, OUTPUT, Separator
 from remix.settings import Settings
 from remix.stages import Tensors
 from remix.stft import Framing, istft, stft
-from runners.inference_protocol import ServedModel
+from runners.inference_protocol import ServedModel, silent_ends
 from runners.open_graph import open_graph
 from runners.runner import SERVICE, Runner
 
@@ -58,6 +58,10 @@ class SeparationModel(ServedModel):
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Separate a batch of windows."""
         return {OUTPUT: self.separate(inputs[INPUT])}
+
+    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
+        """See `ServedModel.padding`."""
+        return silent_ends(inputs[INPUT][:, 0])
 
     def separate(self, mixture: Samples) -> Samples:
         """[B, 2, T] -> [B, S, 2, T]."""

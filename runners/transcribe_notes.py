@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from remix.manifest import ModelEntry, installed, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
-from runners.inference_protocol import ServedModel
+from runners.inference_protocol import ServedModel, silent_ends
 from runners.open_graph import open_graph
 from runners.runner import SERVICE, Runner
 
@@ -28,6 +28,11 @@ class BasicPitch(ServedModel):
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Posteriors of a batch of windows."""
         return self._session(inputs)
+
+    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
+        """See `ServedModel.padding`."""
+        samples = inputs[self.inputs[0].name]
+        return silent_ends(samples.reshape(len(samples), -1))
 
 
 @bentoml.service(**SERVICE)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from grpc_service import GrpcService
 from http_api.app import build_app
 from http_api.guard import Guard
+from http_api.observed import Observed
 from jobs.database import Database, open_database
 from jobs.desk import Desk
 from jobs.jobs import Jobs
@@ -153,6 +154,7 @@ _desk = Desk(_settings)
     workers=1,
     traffic={"timeout": 6_000},
     endpoints={"livez": "/livez", "readyz": "/readyz"},
+    metrics={"enabled": False},
 )
 @bentoml.asgi_app(build_app(_desk))
 class FakeRemix:
@@ -180,6 +182,7 @@ class FakeRemix:
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
+cast(Any, FakeRemix).add_asgi_middleware(Observed)
 cast(Any, FakeRemix).add_asgi_middleware(
     Guard, door=_desk.door, max_body_bytes=_settings.max_upload_bytes
 )

@@ -31,9 +31,11 @@ class GatedModel:
         return {"y": inputs["x"] * 2}
 
 
-def batcher_of(model: GatedModel, **limits: int) -> AdaptiveBatcher:
+def batcher_of(
+    model: GatedModel, max_batch_rows: int = 4, max_queue_rows: int = 100
+) -> AdaptiveBatcher:
     return AdaptiveBatcher(
-        "test", model, Workers(1), **{"max_batch_rows": 4, "max_queue_rows": 100, **limits}
+        "test", model, Workers(1), max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows
     )
 
 

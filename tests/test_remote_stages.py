@@ -334,10 +334,10 @@ def test_empty_budget_fills_by_itself() -> None:
 def test_cancelled_windows_cost_nothing_but_the_one_that_is_computed(tmp_path: Path) -> None:
     def rows(outcome: str) -> float:
         labels = {"model": MODEL, "outcome": outcome}
-        return REGISTRY.get_sample_value("philharmonics_rows_total", labels) or 0.0
+        return REGISTRY.get_sample_value("philharmonics_windows_total", labels) or 0.0
 
     def now(name: str) -> float:
-        return REGISTRY.get_sample_value(f"philharmonics_{name}_rows", {"model": MODEL}) or 0.0
+        return REGISTRY.get_sample_value(f"philharmonics_{name}_windows", {"model": MODEL}) or 0.0
 
     async def scenario() -> None:
         service = InferenceServer("toy", 8, Workers(1))

@@ -162,7 +162,7 @@ def test_a_runner_that_stops_ends_what_it_has_and_takes_nothing_new(
 
 def await_rows(runner: ServerProcess, model: str, rows: int) -> None:
     """Return when so many windows have arrived at a runner."""
-    names = ["queue_rows", "computing_rows", "rows_total"]
+    names = ["queue_windows", "computing_windows", "windows_total"]
     until_s = time.monotonic() + 60.0
     while True:
         metrics = httpx.get(f"{runner.url}/metrics").text

@@ -1,0 +1,172 @@
+"""The table of docs/metrics.md is the code's; and no label grows with what callers send."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.parser import text_string_to_metric_families
+
+from runners.inference_protocol import silent_ends
+from tests.conftest import ROOT, ServerProcess
+from tests.test_http_api import wav
+
+TABLE = ROOT / "docs/metrics.md"
+PACKAGES = ("remix", "runners", "jobs", "http_api", "grpc_api", "telemetry")
+UNITS = {
+    "seconds", "bytes", "ratio", "windows", "requests", "retries", "refusals", "runners", "jobs",
+    "tokens", "info",
+}  # fmt: skip
+"""The last word of a name: what it counts or measures; `_info` is Prometheus' own convention."""
+
+LABELS = {
+    "model", "outcome", "stage", "part", "reason", "song_seconds", "call", "state", "method",
+    "route", "status", "code", "transport", "process", "gpu", "kind", "sha256",
+}  # fmt: skip
+"""Each has a bounded set of values, whatever callers send."""
+
+
+def ours() -> dict[str, MetricWrapperBase]:
+    """Every metric that a module of ours defines, by the name that it is asked for by."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).glob("*.py")):
+            if path.stem not in ("openvino_session", "torchscript_session"):
+                importlib.import_module(f"{package}.{path.stem}")
+    found = {
+        metric
+        for metric in REGISTRY._names_to_collectors.values()
+        if isinstance(metric, MetricWrapperBase) and metric._name.startswith("philharmonics_")
+    }
+    return {
+        metric._name + ("_total" if metric._type == "counter" else ""): metric for metric in found
+    }
+
+
+def documented() -> dict[str, tuple[str, tuple[str, ...], str]]:
+    """Kind, labels and meaning of each row of the table."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|(.*?)\| (.*) \|$", TABLE.read_text(), re.MULTILINE)
+    return {
+        name: (kind, tuple(re.findall(r"`(\w+)`", labels)), meaning)
+        for name, kind, labels, meaning in rows
+    }
+
+
+def test_table_in_the_documentation_is_the_code() -> None:
+    defined = {
+        name: (metric._type, tuple(metric._labelnames), metric._documentation)
+        for name, metric in ours().items()
+    }
+    assert documented() == defined
+
+
+def test_every_metric_has_its_unit_in_its_name_and_known_labels_only() -> None:
+    for name, metric in ours().items():
+        assert name.removesuffix("_total").rsplit("_", 1)[1] in UNITS, name
+        assert set(metric._labelnames) <= LABELS, name
+        assert metric._documentation, name
+
+
+def test_silence_behind_the_end_is_padding_and_silence_within_is_not() -> None:
+    windows = np.ones((3, 100), np.float32)
+    assert silent_ends(windows) == 0.0
+    windows[0, 10:20] = 0.0
+    assert silent_ends(windows) == 0.0
+    windows[0, 75:] = windows[2] = 0.0
+    assert silent_ends(windows) == 1.25
+
+
+def series(url: str) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
+    """Every series of ours that a server has."""
+    text = httpx.get(f"{url}/metrics", timeout=60.0).text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def http(fake_server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fake_server.url, timeout=60.0) as client:
+        yield client
+
+
+def ask_for_everything(http: httpx.Client, name: str) -> None:
+    """Requests of every kind, with a name of their own wherever a caller can put one."""
+    http.get(f"/{name}")
+    http.get(f"/v1/voices/{name}")
+    http.request(name[:8].upper(), "/v1/voices")
+    http.get("/v1/voices", headers={"X-Request-Id": name, "User-Agent": name})
+    http.get(f"/v1/jobs/{name}")
+    http.get(f"/v1/jobs/{name}/artifacts/{name}.wav")
+    http.delete(f"/v1/jobs/{name}")
+    song = {"song": (f"{name}.wav", wav(0.5))}
+    http.put(f"/v1/jobs/{name}", files=song)
+    http.get(f"/v1/jobs/{name}")
+    http.delete(f"/v1/jobs/{name}")
+    http.get("/metrics")
+    http.post("/v1/remix", files=song, data={"options": f'{{"voice": "{name}"}}'})
+    http.post("/v1/separate", files=song, params={"q": name})
+    http.post("/v1/transcribe", content=name, headers={"Content-Type": f"text/{name}"})
+
+
+def test_series_do_not_grow_with_what_callers_send(
+    http: httpx.Client, fake_server: ServerProcess
+) -> None:
+    ask_for_everything(http, uuid.uuid4().hex)
+    before = series(fake_server.url)
+    names = [uuid.uuid4().hex for _ in range(8)]
+    for name in names:
+        ask_for_everything(http, name)
+    after = series(fake_server.url)
+    assert after - before == set()
+    assert not any(name in value for name in names for one in after for _, value in one[1])
+    assert not any(one[0].startswith("bentoml") for one in after)
+
+
+def test_routes_are_told_by_their_template(http: httpx.Client, fake_server: ServerProcess) -> None:
+    ask_for_everything(http, "a-job")
+    routes = {dict(labels).get("route") for _, labels in series(fake_server.url)} - {None}
+    assert {"/v1/jobs/{job_id}", "/v1/remix", "/v1/voices", "other"} <= routes
+    described = set(http.get("/openapi.json").json()["paths"])
+    others = {"other", "/livez", "/readyz", "/metrics", "/openapi.json"}
+    found = {route.replace(":path}", "}") for route in routes if route is not None}
+    assert found <= described | others
+
+
+def test_help_is_told_by_the_server_too(fake_server: ServerProcess) -> None:
+    text = httpx.get(f"{fake_server.url}/metrics", timeout=60.0).text
+    helps = dict(re.findall(r"^# HELP (\w+) (.*)$", text, re.MULTILINE))
+    assert helps["philharmonics_jobs"] == documented()["philharmonics_jobs"][2]
+    assert {name for name in helps if name.startswith("philharmonics")} <= set(documented())
+
+
+def test_refusals_are_counted_by_their_reason(
+    http: httpx.Client, fake_server: ServerProcess
+) -> None:
+    def refused() -> float:
+        text = http.get("/metrics").text
+        line = r'^philharmonics_refusals_total\{reason="not-found",transport="http"\} (\S+)$'
+        found = re.search(line, text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    before = refused()
+    assert http.get("/v1/jobs/nobody-has-this").status_code == 404
+    assert refused() == before + 1
+
+
+def test_dashboards_and_alerts_ask_for_metrics_that_there_are() -> None:
+    known = set(documented())
+    for path in sorted(Path(ROOT / "docker").rglob("*")):
+        if path.suffix in (".yml", ".yaml", ".json") and path.is_file():
+            for name in re.findall(r"philharmonics_[a-z_]+", path.read_text()):
+                plain = re.sub(r"_(bucket|sum|count)$", "", name)
+                assert name in known or plain in known, f"{path.name}: {name}"
