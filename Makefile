@@ -90,9 +90,14 @@ images:  ## container images, for DEVICE=cpu or cuda; what is in them goes to ou
 compose-test: export-environment  ## the whole service in containers, attacked; after make images
 	.venv-dev/bin/python -m pytest -v docker/test_compose.py
 
+.PHONY: chart-check
+chart-check: .venv-chart/installed models  ## the Helm chart: lint, schemas, policies, a part of it run; after make images
+	@.venv/bin/python -m export.demo_song $(DEMO_SONG)
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-chart/bin/python -m pytest -v deploy/test_chart.py
+
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
-	rm -rf .venv .venv-dev .venv-load .models .cache out build *.egg-info
+	rm -rf .venv .venv-dev .venv-load .venv-chart .models .cache out build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -119,6 +124,11 @@ export-environment: .venv-dev/installed  ## .venv-dev: torch, the originals, the
 		-r requirements/export.txt -r requirements/dev.txt
 	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/export-no-deps.txt
 	@.venv-dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+.venv-chart/installed: requirements/chart.txt | system-packages
+	@$(PYTHON) -m venv .venv-chart
+	@.venv-chart/bin/pip install $(PIP_FLAGS) -r requirements/chart.txt
 	@touch $@
 
 .venv-load/installed: requirements/load.txt | system-packages
