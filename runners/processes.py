@@ -1,8 +1,8 @@
 """Processes that belong together end together, and the runners after the composers.
 
 `bentoml serve` starts a first process, which starts the workers: the composer, its runners. It
-starts a worker again that dies. It cannot do two things, which are done here: take its workers
-with it when it is killed, and stop them in order.
+starts a worker again that dies. It cannot do three things, which are done here: take its workers
+with it when it is killed, stop them in order, and start one again that hangs.
 """
 
 from __future__ import annotations
@@ -97,6 +97,34 @@ def enter(runtime_dir: Path) -> BinaryIO:
     file = (runtime_dir / COMPOSERS).open("wb")
     fcntl.flock(file, fcntl.LOCK_SH)
     return file
+
+
+def be_known(runtime_dir: Path, stage: str) -> BinaryIO:
+    """A runner's lock on the file with its number, held until it is closed: it serves this stage.
+
+    The kernel opens it too when the process dies.
+    """
+    file = (runtime_dir / f"{stage}.pid").open("a+b")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    file.flush()
+    return file
+
+
+def end_hung(runtime_dir: Path, stage: str) -> bool:
+    """Kill the runner that serves a stage, so that another one is started; whether there was one.
+
+    SIGKILL, which ends a process that is stopped too. A number in a file that nobody holds is of a
+    process that has gone, and may be anybody's by now.
+    """
+    with suppress(FileNotFoundError), (runtime_dir / f"{stage}.pid").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.kill(int(file.read()), signal.SIGKILL)
+            return True
+    return False
 
 
 async def composers_gone(runtime_dir: Path, limit_s: float) -> None:

@@ -20,7 +20,13 @@ from remix.stages import Stage
 from runners.adaptive_batcher import Workers
 from runners.front import front
 from runners.inference_protocol import SERVER_OPTIONS, InferenceServer, ServedModel
-from runners.processes import be_first, composers_gone, end_with_first, forget_the_dead
+from runners.processes import (
+    be_first,
+    be_known,
+    composers_gone,
+    end_with_first,
+    forget_the_dead,
+)
 from telemetry.process import ProcessWatch
 
 OVERTIME_S = 10.0
@@ -115,6 +121,8 @@ class Runner:
             settings.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._server.add_insecure_port(settings.listen or settings.runner_address(self.stage))
         await self._server.start()
+        if not settings.listen:  # else whoever started it alone looks after it
+            self._known = be_known(settings.runtime_dir, self.stage)
 
     def _load_warm(self, settings: Settings) -> list[ServedModel]:
         manifest, models = read_manifest(), list(self.load(settings))
@@ -135,6 +143,7 @@ class Runner:
         limit_s = self._settings.drain_s
         if not self._settings.listen:
             await composers_gone(self._settings.runtime_dir, limit_s + OVERTIME_S)
+            self._known.close()
         self._inference.is_ready = False
         await self._server.stop(limit_s)
         await self._watch.stop()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from runners.processes import end_hung
 from tests.conftest import ROOT, ServerProcess, serving
 from tests.test_remix_service import short_song, song
 
@@ -68,6 +69,25 @@ def runner_of(server: ServerProcess, name: str) -> int:
 
 def remix(url: str, data: bytes) -> httpx.Response:
     return httpx.post(f"{url}/v1/remix", files={"song": ("song.wav", data)}, timeout=300.0)
+
+
+def test_hung_runner_is_killed_and_nobody_who_has_its_number_later(tmp_path: Path) -> None:
+    runner = (
+        "import pathlib, sys, time; from runners.processes import be_known; "
+        "known = be_known(pathlib.Path(sys.argv[1]), 'toy'); print('known', flush=True); "
+        "time.sleep(1e6)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", runner, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"known\n"
+        process.send_signal(signal.SIGSTOP)
+        assert end_hung(tmp_path, "toy")
+        assert process.wait(SOON_S) == -signal.SIGKILL
+    (tmp_path / "toy.pid").write_text(str(os.getpid()))  # not held: of one that has gone
+    assert not end_hung(tmp_path, "toy")
+    assert not end_hung(tmp_path, "another")
 
 
 @pytest.mark.slow
