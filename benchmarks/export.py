@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 
 from export.architectures import architecture_of
-from export.artefact import Wanted, record, write_artefact
+from export.artefact import Wanted, backend_of, record, write_artefact
 from export.compare import si_sdr_db
 from export.exporter import Original
 from export.report import machine, with_file
 from export.serve import ServedCall
 from export.time_calls import Side, cores, time_in_turn
 from export.variants import reduce_precision
-from remix.manifest import MANIFEST_PATH, ModelEntry, read_manifest
+from remix.manifest import MANIFEST_PATH, ModelEntry
 from remix.piano_roll import SAMPLE_RATE_HZ
 from remix.settings import Settings
 from remix.stages import Tensors
@@ -131,15 +131,6 @@ def measure(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, A
             ),
         },
     }
-
-
-def backend_of(architecture: str) -> dict[str, str]:
-    """What the manifest has this architecture run in."""
-    for entry in read_manifest().values():
-        named = entry.origin.get("architecture") or entry.facts.get("architecture") or entry.name
-        if named == architecture:
-            return dict(entry.backend)
-    return {}
 
 
 def inputs_of(original: Original, seconds: float) -> Tensors:

@@ -19,6 +19,7 @@ from remix.manifest import (
     ModelEntry,
     ModelFile,
     TensorSpec,
+    read_manifest,
     sha256_of,
 )
 
@@ -164,6 +165,15 @@ def record(entry: ModelEntry, manifest_path: Path) -> None:
 def with_backend(entry: ModelEntry, device: str, backend: str) -> ModelEntry:
     """The same model, run by another back end on a device."""
     return replace(entry, backend={**entry.backend, device: backend})
+
+
+def backend_of(architecture: str) -> dict[str, str]:
+    """What the manifest has this architecture run in."""
+    for entry in read_manifest().values():
+        named = entry.origin.get("architecture") or entry.facts.get("architecture") or entry.name
+        if named == architecture:
+            return dict(entry.backend)
+    return {}
 
 
 def _inline(table: Mapping[str, Any]) -> Any:

@@ -1,24 +1,30 @@
 """every architecture, at full size, with random weights: exported, and compared with its original.
 
-    python -m export.check [ARCHITECTURE …] [--perturb N]
+    python -m export.check [ARCHITECTURE …] [--perturb N] [--resume] [--spoil]
 
 Each in a process of its own, which is also how its peak memory is known. Of each, what the
 runner makes of the artefact is held against the original's own inference call (1e-3 of the
 largest value; 60 dB of SI-SDR for sound), and every array in the artefact against the
-checkpoint's, to the bit. Then the check is checked: every weight in turn is wrong by 1 %, and it
-must be noticed; and N times a weight of the served graph is really changed, by 1 %, and the
-outputs are compared, to see which of them outputs alone would tell.
+checkpoint's, to the bit. Where models.toml has a model run in another runtime than ONNX Runtime,
+that is held to the bound of reduced precision. Then the check is checked: every weight in turn is
+wrong by 1 %, and it must be noticed; and N times a weight of the served graph is really changed,
+by 1 %, and the outputs are compared, to see which of them outputs alone would tell.
+
+`--spoil` makes one weight of each artefact wrong by 1 % before all else: the check must fail.
+Results go to benchmarks/results/export_check.json as they are found; after an interruption
+`--resume` passes over what holds there, of the same code.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -30,11 +36,19 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.architectures import architecture_of, architectures
-from export.artefact import Wanted, write_artefact
-from export.compare import FP32, Difference, differences, initializers, wrong_arrays
-from export.exporter import Arrays, Original
+from export.artefact import Wanted, backend_of, write_artefact
+from export.compare import (
+    FP32,
+    REDUCED,
+    Bounds,
+    Difference,
+    compared,
+    initializers,
+    wrong_arrays,
+)
+from export.exporter import Arrays, Case, Original
 from export.serve import ServedCall
-from export.time_calls import peak_mb
+from export.time_calls import cores, peak_mb
 from remix.manifest import MANIFEST_PATH, ModelEntry, sha256_of
 from remix.settings import Settings
 
@@ -52,31 +66,49 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="default: all")
     parser.add_argument("--perturb", type=int, default=2, metavar="N", help="weights to change")
+    parser.add_argument("--resume", action="store_true", help="pass over what holds already")
+    parser.add_argument("--spoil", action="store_true", help="show that the check can fail")
     parser.add_argument("--one", metavar="OUT", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     names = options.names or list(architectures())
     if options.one:
-        options.one.write_text(json.dumps(check(names[0], options.perturb)))
+        found = check(names[0], options.perturb, options.spoil)
+        options.one.write_text(json.dumps(found))
         return 0
-    results = {}
+    known: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    code, results = digest_of_code(), {}
     for name in names:
-        results[name] = in_its_own_process(name, options.perturb)
+        holds = not known.get(name, {}).get("problems", ["never checked"])
+        if options.resume and holds and known[name]["code"] == code:
+            results[name] = known[name]
+            print(f"{name}: holds, as found before", flush=True)
+            continue
+        results[name] = {"code": code, **in_its_own_process(name, options.perturb, options.spoil)}
         print("\n".join(explain(name, results[name])), flush=True)
-    if not options.names:
-        RESULT.write_text(json.dumps(results, indent=2) + "\n")
+        if not options.spoil:
+            known[name] = results[name]
+            RESULT.write_text(json.dumps(known, indent=2) + "\n")
     broken = [name for name, result in results.items() if result["problems"]]
     print(f"FAILED: {', '.join(broken)}" if broken else f"{len(results)} architectures hold.")
     return 1 if broken else 0
 
 
-def in_its_own_process(name: str, perturb: int) -> dict[str, Any]:
+def digest_of_code() -> str:
+    """Of all that a result depends on: our exporters and runners, and the versions of the rest."""
+    root = MANIFEST_PATH.parent
+    patterns = ("export/*.py", "runners/*.py", "remix/*.py", "requirements/*.txt")
+    files = sorted(path for pattern in patterns for path in root.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def in_its_own_process(name: str, perturb: int, spoil: bool) -> dict[str, Any]:
     """`check`, with what the process took."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "export.check", name, "--perturb", str(perturb)]
         start_s = time.monotonic()
         done = subprocess.run(
-            [*command, "--one", str(out)],
+            [*command, "--one", str(out), *(["--spoil"] if spoil else [])],
             cwd=MANIFEST_PATH.parent,
             capture_output=True,
             text=True,
@@ -88,40 +120,81 @@ def in_its_own_process(name: str, perturb: int) -> dict[str, Any]:
         return {**result, "wall_s": round(time.monotonic() - start_s, 1)}
 
 
-def check(name: str, perturb: int) -> dict[str, Any]:
-    """One architecture."""
+def check(name: str, perturb: int, spoil: bool = False) -> dict[str, Any]:
+    """One architecture.
+
+    Args:
+        name: its name.
+        perturb: how many weights of the served graph to change, each alone.
+        spoil: whether a weight is wrong from the start.
+    """
     architecture = architecture_of(name)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         checkpoint = folder / "checkpoint"
         architecture.write_random(checkpoint)
         original = architecture.load(checkpoint)
-        wanted = Wanted(f"{name}-random", "random")
-        entry = write_artefact(original, wanted, folder / "models")
-        settings = Settings(folder / "models", folder, threads=1)
-        found = list(differences(original, ServedCall(entry, settings), original.cases()))
+        entry = write_artefact(original, Wanted(f"{name}-random", "random"), folder / "models")
+        settings = Settings(folder / "models", folder, threads=cores())
+        if spoil:
+            entry, perturb = next(spoiled(original, entry, settings))[1], 0
         graph = settings.models_dir / entry.files[0].path
-        problems = [
-            f"{each.case}, {each.output}: {_figures(each)}"
-            for each in found
-            if each.breaks(FP32, each.output in original.waveforms)
-        ]
+        computed = [(case, original.reference(case.inputs)) for case in original.cases()]
+        found = list(held_against(computed, original, entry, settings))
+        problems = broken(found, FP32, original)
+        reduced = []
+        if backend := backend_of(name):
+            other = replace(entry, backend=backend)
+            reduced = list(held_against(computed[:1], original, other, settings))
+            problems += broken(reduced, REDUCED, original)
         weights, stored = original.weights(), initializers(graph)
         problems += wrong_arrays(weights, stored)
         tried, unnoticed = perturbed_arrays(weights, stored)
         problems += [f"{weight} may be wrong by 1 % unnoticed" for weight in unnoticed]
-        changed = list(islice(perturbed_graphs(original, entry, settings), perturb))
+        changed = [
+            noticed(weight, list(held_against(computed[:1], original, wrong_entry, settings)),
+                    original, settings.models_dir / wrong_entry.files[0].path)
+            for weight, wrong_entry in islice(spoiled(original, entry, settings), perturb)
+        ]  # fmt: skip
+        problems += [
+            f"{each['weight']} was wrong by 1 % in the graph, unnoticed"
+            for each in changed
+            if not (each["noticed_by_the_arrays"] or each["noticed_by_the_outputs"])
+        ]
         return {
             "stage": architecture.stage,
             "weights": "random",
-            "parameters": sum(array.size for array in original.weights().values()),
+            "parameters": sum(array.size for array in weights.values()),
             "artefact_bytes": graph.stat().st_size,
             "differences": [asdict(each) for each in found],
+            "served_by": {**backend, "differences": [asdict(each) for each in reduced]},
             "arrays_perturbed_and_noticed": tried,
             "graphs_perturbed": changed,
             "peak_mb": round(peak_mb()),
             "problems": problems,
         }
+
+
+Computed = tuple[Case, Arrays]
+"""A case, and what the original makes of it."""
+
+
+def held_against(
+    computed: Iterable[Computed], original: Original, entry: ModelEntry, settings: Settings
+) -> Iterator[Difference]:
+    """What the runner makes of the artefact, compared with what was computed."""
+    served = ServedCall(entry, settings)
+    for case, expected in computed:
+        yield from compared(case.name, expected, original.served(served, case.inputs))
+
+
+def broken(found: Iterable[Difference], bounds: Bounds, original: Original) -> list[str]:
+    """The differences that are too large, in words."""
+    return [
+        f"{each.case}, {each.output}: {_figures(each)}"
+        for each in found
+        if each.breaks(bounds, each.output in original.waveforms)
+    ]
 
 
 def perturbed_arrays(weights: Arrays, stored: Arrays) -> tuple[int, list[str]]:
@@ -145,10 +218,10 @@ def wrong(array: NDArray[Any]) -> NDArray[Any]:
     return larger
 
 
-def perturbed_graphs(
+def spoiled(
     original: Original, entry: ModelEntry, settings: Settings
-) -> Iterator[dict[str, Any]]:
-    """The artefact with one weight changed by 1 %, checked as it would be: in both halves.
+) -> Iterator[tuple[str, ModelEntry]]:
+    """A weight, and the artefact with that weight 1 % larger, in the place of the one before.
 
     The first is the smallest bias (of all, the one that outputs tell least), then seeded choices.
     """
@@ -157,30 +230,27 @@ def perturbed_graphs(
     smallest = min(vectors, key=lambda name: float(np.abs(vectors[name]).mean()))
     rng = np.random.default_rng(0)
     order = [name for name in rng.permutation(sorted(weights)) if weights[name].any()]
-    case = next(original.cases())
+    file = entry.files[0]
+    source = settings.models_dir / file.path
+    target = source.with_name("spoiled.onnx")
     for name in [smallest, *order]:
-        file = entry.files[0]
-        path = settings.models_dir / file.path
-        changed_path = path.with_name("perturbed.onnx")
-        if not perturb(path, changed_path, name):
-            continue  # stored under the name of an array that equals it
-        changed_file = replace(
-            file,
-            path=str(changed_path.relative_to(settings.models_dir)),
-            sha256=sha256_of(changed_path),
-        )
-        served = ServedCall(replace(entry, files=(changed_file,)), settings)
-        found = list(differences(original, served, [case]))
-        listed = wrong_arrays(weights, initializers(changed_path))
-        yield {
-            "weight": name,
-            "mean_magnitude": float(np.abs(weights[name]).mean()),
-            "noticed_by_the_arrays": bool(listed),
-            "noticed_by_the_outputs": any(
-                each.breaks(FP32, each.output in original.waveforms) for each in found
-            ),
-            "outputs": [_figures(each) for each in found],
-        }
+        if perturb(source, target, name):  # else it is stored under the name of one that equals it
+            path = str(target.relative_to(settings.models_dir))
+            yield name, replace(entry, files=(replace(file, path=path, sha256=sha256_of(target)),))
+
+
+def noticed(
+    weight: str, found: list[Difference], original: Original, graph: Path
+) -> dict[str, Any]:
+    """Which half of the check tells that a weight of a graph is wrong."""
+    array = original.weights()[weight]
+    return {
+        "weight": weight,
+        "mean_magnitude": float(np.abs(array).mean()),
+        "noticed_by_the_arrays": bool(wrong_arrays({weight: array}, initializers(graph))),
+        "noticed_by_the_outputs": bool(broken(found, FP32, original)),
+        "outputs": [_figures(each) for each in found],
+    }
 
 
 def perturb(source: Path, target: Path, name: str) -> bool:
@@ -203,6 +273,9 @@ def explain(name: str, result: dict[str, Any]) -> Iterator[str]:
         )
         for row in result["differences"]:
             yield f"  {row['case']:34s} {_figures(Difference(**row))}"
+        for row in result["served_by"]["differences"]:
+            label = f"{row['case']}, {result['served_by']['cpu']}"
+            yield f"  {label:34s} {_figures(Difference(**row))}"
         yield f"  {result['arrays_perturbed_and_noticed']} arrays, each noticed if 1 % wrong"
         for row in result["graphs_perturbed"]:
             by = [half for half in ("arrays", "outputs") if row[f"noticed_by_the_{half}"]]
