@@ -3,7 +3,9 @@
 **The fence.** Beginning a job raises its `attempt` and names its holder. Whatever an attempt writes
 later is written only where both are still its own: a composer that was given up for dead and comes
 back finds that nothing of it counts. **The lease.** A holder renews its leases all the time; a job
-whose lease has run out is anybody's.
+whose lease has run out is anybody's of the version that began it. **The version.** While composers
+of several versions of code or models work side by side, a job ends on the one that it was begun on;
+another one takes it over only when that one is gone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ from jobs.job import ENDED, JobFailure, State
 from jobs.rows import EVENTS, JOBS, PLAYED, Row, Rows, StoredArtifact, row_of
 from jobs.schedule import Turn, next_job
 from remix.stages import Stage
+
+CLOCK_S = 0.001
+"""More than the clock's step: a lease that ends so long ago has ended."""
+
+ORPHANED_S = 30.0
+"""After so long, with no lease of its version left, another version takes a job over: composers of
+its own would have taken it within a second, or hold leases because they have no room."""
 
 
 class LostClaim(Exception):
@@ -49,12 +58,21 @@ class Claims(Rows):
         holder: name of this composer: of this process, never given twice.
         lease_s: how long a job is its holder's without a renewal.
         retention_s: how long an ended job is kept.
+        version: of this composer's code and models (`jobs.identity.version_id`).
     """
 
-    def __init__(self, database: Database, holder: str, lease_s: float, retention_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        holder: str,
+        lease_s: float,
+        retention_s: float,
+        version: str = "",
+    ) -> None:
         super().__init__(database, retention_s)
         self._holder = holder
         self._lease_s = lease_s
+        self._version = version
 
     async def void_leases(self) -> None:
         """Let everything that is held be taken over: when nobody else can be alive."""
@@ -71,7 +89,7 @@ class Claims(Rows):
             query = sa.select(JOBS.c.uid).where(
                 JOBS.c.is_closed.is_(False),
                 sa.or_(JOBS.c.attempt > 0, JOBS.c.state.in_(ENDED)),
-                JOBS.c.lease_until_s < self.database.now_s(db),
+                self._is_left(self.database.now_s(db)),
             )
             return list(db.execute(query.order_by(JOBS.c.uid)).scalars())
 
@@ -93,10 +111,19 @@ class Claims(Rows):
         """Go on with an abandoned job; None if somebody else was faster."""
 
         def work(db: sa.Connection) -> Claim | None:
-            now_s = self.database.now_s(db)
-            return self._claim(db, uid, JOBS.c.lease_until_s < now_s, {})
+            return self._claim(db, uid, self._is_left(self.database.now_s(db)), {})
 
         return await self.database.call(work)
+
+    def _is_left(self, now_s: float) -> Any:
+        """Whether nobody holds a job that this composer may go on with."""
+        other = JOBS.alias()
+        is_orphan = sa.and_(
+            JOBS.c.lease_until_s < now_s - ORPHANED_S,
+            ~sa.exists().where(other.c.version == JOBS.c.version, other.c.lease_until_s >= now_s),
+        )
+        is_ours = sa.or_(JOBS.c.version.is_(None), JOBS.c.version == self._version)
+        return sa.and_(JOBS.c.lease_until_s < now_s, sa.or_(is_ours, is_orphan))
 
     async def begin_next(self) -> Claim | None:
         """Begin the waiting job whose turn it is; None if none waits."""
@@ -121,6 +148,7 @@ class Claims(Rows):
             .values(
                 attempt=JOBS.c.attempt + 1,
                 holder=self._holder,
+                version=self._version,
                 lease_until_s=self.database.now_s(db) + self._lease_s,
                 state=sa.case((is_open, "running"), else_=JOBS.c.state),
                 **values,
@@ -152,7 +180,13 @@ class Claims(Rows):
 
     async def release(self, claim: Claim) -> None:
         """Let go of a job that others shall go on with at once."""
-        await self._guarded(claim, {"lease_until_s": 0.0})
+
+        def work(db: sa.Connection) -> None:
+            self._check(db, claim)
+            values = {"lease_until_s": self.database.now_s(db) - CLOCK_S}
+            db.execute(sa.update(JOBS).where(JOBS.c.uid == claim.uid).values(values))
+
+        await self.database.call(work)
 
     async def row(self, claim: Claim, patience_s: float = PATIENCE_S) -> Row:
         """The job of a claim.

@@ -29,6 +29,16 @@ def code_id() -> str:
     return digest.hexdigest()
 
 
+def version_id(manifest: Manifest, models_dir: Path) -> str:
+    """Hash of the code and of every installed model: who has the same one makes the same."""
+    sums = [
+        [entry.name, *(expected_sha256(models_dir, file) for file in entry.files)]
+        for entry in manifest.values()
+        if entry.is_installed(models_dir)
+    ]
+    return _hash([sorted(sums), code_id()])[:12]
+
+
 def request_id(song_sha256: str, options: RemixOptions, webhook_url: str) -> str:
     """Hash of what a caller asked for."""
     return _hash([song_sha256, options.model_dump(mode="json"), webhook_url])

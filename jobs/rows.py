@@ -45,6 +45,7 @@ JOBS = sa.Table(
     sa.Column("is_closed", sa.Boolean, nullable=False, default=False, index=True),
     sa.Column("error", sa.Text),
     sa.Column("artifacts", sa.Text),
+    sa.Column("version", TEXT(12)),  # of the code and models that began it
     sa.UniqueConstraint("owner", "id"),
 )
 

@@ -21,7 +21,7 @@ from jobs.claims import Claim, Claims, LostClaim
 from jobs.database import Database
 from jobs.estimate import Estimator
 from jobs.files import Files
-from jobs.identity import time_of
+from jobs.identity import time_of, version_id
 from jobs.job import ENDED, STATES, ArtifactInfo, JobFailure
 from jobs.rows import Row, StoredArtifact
 from jobs.webhook import Webhooks
@@ -121,7 +121,13 @@ class Worker:
         self._bells = bells
         # Never given twice: a composer that is started again is another one.
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._claims = Claims(database, holder, settings.lease_s, settings.retention_s)
+        self._claims = Claims(
+            database,
+            holder,
+            settings.lease_s,
+            settings.retention_s,
+            version_id(composer.manifest, composer.models_dir),
+        )
         self._workshop = Workshop(self._claims, files, composer)
         self._workflows = Workflows(settings.database_url, holder, self)
         self._webhooks = Webhooks(settings.webhook_hosts, settings.webhook_secret)

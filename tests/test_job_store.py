@@ -43,8 +43,10 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
         url = request.getfixturevalue("server")
     database = Database(open_database(url))
 
-    def make(holder: str, lease_s: float = 60.0, retention_s: float = 3600.0) -> Whole:
-        return Whole(database, holder, lease_s, retention_s)
+    def make(
+        holder: str, lease_s: float = 60.0, retention_s: float = 3600.0, version: str = "v1"
+    ) -> Whole:
+        return Whole(database, holder, lease_s, retention_s, version)
 
     yield make
     uids = asyncio.run(_all(make("cleaner")))
@@ -201,6 +203,48 @@ def test_renewed_lease_is_not_taken_over(make_store: MakeStore) -> None:
         assert await other.abandoned() == [uid(1)]
         assert await alive.renew([claim]) == {claim}  # nobody took it: still its own
         assert await other.abandoned() == []
+
+    run(work())
+
+
+def test_job_ends_on_the_version_that_began_it(make_store: MakeStore) -> None:
+    async def work() -> None:
+        old, peer, new = make_store("old"), make_store("peer"), make_store("new", version="v2")
+        await submit(old, 1)
+        await old.release(await begun(old))
+        assert await new.abandoned() == []
+        assert await new.take_over(uid(1)) is None
+        assert await peer.abandoned() == [uid(1)]
+        assert await peer.take_over(uid(1)) is not None
+
+    run(work())
+
+
+def test_job_that_nobody_began_is_any_versions(make_store: MakeStore) -> None:
+    async def work() -> None:
+        old, new = make_store("old"), make_store("new", version="v2")
+        await submit(old, 1)
+        claim = await begun(new)
+        await new.release(claim)
+        assert await old.abandoned() == []
+
+    run(work())
+
+
+def test_job_of_a_version_that_is_gone_goes_on_with_another(make_store: MakeStore) -> None:
+    async def work() -> None:
+        old, new = make_store("old"), make_store("new", version="v2")
+        await submit(old, 1)
+        await submit(old, 2)
+        await begun(old)
+        second = await begun(old)
+        await old.void_leases()  # as if both had ended long ago
+        assert await old.renew([second]) == {second}  # it lives, and has no room for the first
+        assert await new.abandoned() == []
+        await old.release(second)
+        assert await new.abandoned() == [uid(1)]  # the second was held just now
+        assert await new.take_over(uid(1)) is not None
+        assert await old.abandoned() == [uid(2)]
 
     run(work())
 
