@@ -57,11 +57,14 @@ class Death:
         leaves: what is committed then, as `_seen` tells it.
         takes_long: whether the job must run for some seconds until then: no window of its song has
             been computed before.
+        ends: how `_seen` ends at last: a closed job is nobody's any more, and its workflow stays as
+            it is until both are forgotten.
     """
 
     at: tuple[Commit, ...]
     leaves: str
     takes_long: bool = False
+    ends: str = CLOSED
 
 
 def _step(name: str) -> Commit:
@@ -94,9 +97,11 @@ DEATHS = (
     Death((_step("notify"),), "done 1, [make settle], PENDING"),
     Death((_job("closed", "NEW.is_closed AND NOT OLD.is_closed"),),
           "done 1, [make settle notify], PENDING"),
-    Death((_step("close"),), "done 1 closed, [make settle notify], PENDING"),
+    Death((_step("close"),), "done 1 closed, [make settle notify], PENDING",
+          ends=" closed, [make settle notify], PENDING"),
     Death((Commit("workflow over", "workflow_status", "UPDATE", "NEW.status = 'SUCCESS'"),),
-          "done 1 closed, [make settle notify close], PENDING"),
+          "done 1 closed, [make settle notify close], PENDING",
+          ends=" closed, [make settle notify close], PENDING"),
     Death((MADE, TAKEN_OVER), "running 1, [], PENDING"),
     Death((MADE, Commit("resumed", "workflow_status", "UPDATE",
                         "NEW.status = 'ENQUEUED' AND OLD.status = 'PENDING'")),
@@ -108,7 +113,12 @@ CANCELLED = (
     Death((_job("cancelled", "NEW.state = 'cancelled'"),), "running 1, [], PENDING", True),
     Death((MADE,), "cancelled 1, [], PENDING", True),
     Death((_step("settle"),), "cancelled 1, [make], PENDING", True),
-    Death((_step("close"),), "cancelled 1 closed, [make settle notify], PENDING", True),
+    Death(
+        (_step("close"),),
+        "cancelled 1 closed, [make settle notify], PENDING",
+        True,
+        ends=" closed, [make settle notify], PENDING",
+    ),
 )
 """Of one that is cancelled as soon as it runs."""
 
@@ -200,7 +210,7 @@ class _Points:
         caller.submit("d", [beside])
         struck_s = self._revive(outcome)
         self._world.judge(outcome, caller, begin_s, struck_s)
-        self._check_end(outcome, job_id, "done")
+        self._check_end(outcome, job_id, "done", death.ends)
         return outcome
 
     def die_cancelled(self, death: Death) -> Outcome:
@@ -227,7 +237,7 @@ class _Points:
             outcome.violations += told.violations(self._world.undisturbed([piece])[piece.name])
         elif state != "cancelled" or told.ends != ["cancelled"]:
             outcome.violations.append(f"{job_id} is {state}, {told.ends}: {told.problem}")
-        self._check_end(outcome, job_id, str(state))
+        self._check_end(outcome, job_id, str(state), death.ends)
         return outcome
 
     def die_forgotten(self, death: Death) -> Outcome:
@@ -316,17 +326,17 @@ class _Points:
             f"[{' '.join(name for (name,) in steps)}], {status[0][0] if status else 'no workflow'}"
         )
 
-    def _check_end(self, outcome: Outcome, job_id: str, state: str) -> None:
+    def _check_end(self, outcome: Outcome, job_id: str, state: str, ends: str) -> None:
         """Nothing is left to do, a moment after the job has ended, and the webhook was told."""
 
         def is_closed() -> bool:
             seen = self._seen(job_id)
-            return seen.startswith(f"{state} ") and seen.endswith(CLOSED)
+            return seen.startswith(f"{state} ") and seen.endswith(ends)
 
         with suppress(TimeoutError):
             await_that("it is closed", is_closed, 30.0)
         if not is_closed():
-            outcome.violations.append(f"left as {self._seen(job_id)!r}, not as {state}{CLOSED}")
+            outcome.violations.append(f"left as {self._seen(job_id)!r}, not as {state}{ends}")
         if job_id not in self._heard.ids:
             outcome.violations.append("the webhook was not told")
 

@@ -1,8 +1,9 @@
 """Processes that belong together end together, and the runners after the composers.
 
 `bentoml serve` starts a first process, which starts the workers: the composer, its runners. It
-starts a worker again that dies. It cannot do three things, which are done here: take its workers
-with it when it is killed, stop them in order, and start one again that hangs.
+starts a worker again that dies. It cannot do four things, which are done here: take its workers
+with it when it is killed, stop them in order, start one again that hangs, and heed a signal to stop
+that comes while it starts one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from circus.client import make_json
+from circus.sighandler import SysHandler
 from prometheus_client.multiprocess import mark_process_dead
 
 from remix.settings import PREFIX
@@ -40,8 +43,27 @@ POLL_S = 0.1
 
 
 def be_first() -> None:
-    """Name this process, which is about to start workers, to them."""
+    """Name this process, which is about to start workers, to them; and have it stop when told to.
+
+    circus, which starts the workers for BentoML, answers a signal with an order to itself, and
+    refuses that order while it carries out another one: while it starts or replaces workers. Here
+    the order is given until it is taken. Source: `sighandler.py` and `util.synchronized` of kantoku
+    0.18.3, which is circus under another name.
+    """
     os.environ[FIRST] = str(os.getpid())
+    SysHandler.quit = _quit_when_free
+
+
+def _quit_when_free(handler: Any) -> None:
+    """In the place of circus' `SysHandler.quit`."""
+    controller = handler.controller
+
+    def order() -> None:
+        if not controller.arbiter._stopping:
+            controller.dispatch((None, make_json("quit")))
+            controller.loop.call_later(POLL_S, order)
+
+    controller.loop.add_callback_from_signal(order)
 
 
 def end_with_first() -> None:

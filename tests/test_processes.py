@@ -108,6 +108,35 @@ def test_nothing_outlives_the_first_process_that_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 6])
+def test_signal_that_comes_while_workers_are_started_is_heeded(
+    workers: int, runtime_dir: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "BENTOML_HOME": str(tmp_path),
+        "PHILHARMONICS_GRPC_PORT": "0",
+        "PHILHARMONICS_RUNTIME_DIR": str(runtime_dir),
+        "PHILHARMONICS_DATA_DIR": str(tmp_path),
+    }
+    with subprocess.Popen([*SERVE, "--port", str(port), "--host", "127.0.0.1"], cwd=ROOT,
+                          env=environment, stderr=subprocess.DEVNULL) as process:  # fmt: skip
+        try:
+            server = ServerProcess("", process.pid, tmp_path, "")
+            until_s = time.monotonic() + 2 * SOON_S
+            while len(server.pids()) < 1 + workers:  # it and so many
+                assert process.poll() is None
+                assert time.monotonic() < until_s
+            process.terminate()
+            assert process.wait(SOON_S) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
 def test_remix_outlives_a_runner_that_is_killed_and_is_the_same(
     service: ServerProcess, runtime_dir: Path, short_song: bytes
 ) -> None:
