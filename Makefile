@@ -78,6 +78,11 @@ load: models  ## load tests, in 15 minutes; writes out/load/; more: make load LO
 	@.venv/bin/python -m export.demo_song $(DEMO_SONG)
 	@.venv/bin/python -m load_tests all $(LOAD)
 
+.PHONY: chaos
+chaos: models  ## the service is killed, cut off, restarted under load; more: make chaos CHAOS=--list
+	@.venv/bin/python -m export.demo_song $(DEMO_SONG)
+	@.venv/bin/python -m chaos $(CHAOS)
+
 .PHONY: locust
 locust: .venv-load/installed  ## the same songs by Locust, on its page, against `make serve`
 	@.venv-load/bin/locust -f load_tests/locustfile.py -H http://127.0.0.1:3000

@@ -13,7 +13,6 @@ import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -113,23 +112,31 @@ class Caller:
         self._urls = cycle(urls)
         self._url = next(self._urls)
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(64, thread_name_prefix="caller")
-        self._following: list[Future[None]] = []
+        self._threads: list[threading.Thread] = []
         self.told: list[Told] = []
 
     def submit(self, prefix: str, pieces: Sequence[Piece]) -> list[Told]:
         """Hand over a job for each piece; returns at once."""
         told = [Told(f"{prefix}-{piece.name}", piece) for piece in pieces]
         self.told += told
-        self._following += [self._threads.submit(self._carry_through, one) for one in told]
+        for one in told:
+            # Daemons: a scenario that breaks does not wait for its callers.
+            self._threads.append(threading.Thread(target=self._follow, args=[one], daemon=True))
+            self._threads[-1].start()
         return told
 
     def wait(self) -> list[Told]:
         """All jobs, each at its end or given up."""
-        for following in self._following:
-            following.result()
-        self._threads.shutdown()
+        for thread in self._threads:
+            thread.join()
         return self.told
+
+    def _follow(self, told: Told) -> None:
+        try:
+            self._carry_through(told)
+        except Exception as error:
+            told.problem = f"the caller failed: {error!r}"
+            raise
 
     def _carry_through(self, told: Told) -> None:
         until_s = time.monotonic() + PATIENCE_S

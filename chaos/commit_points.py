@@ -110,7 +110,7 @@ DEATHS = (
 """Of a job that is done in the end."""
 
 CANCELLED = (
-    Death((_job("cancelled", "NEW.state = 'cancelled'"),), "running 1, [], PENDING", True),
+    Death((_job("cancelling", "NEW.state = 'cancelled'"),), "running 1, [], PENDING", True),
     Death((MADE,), "cancelled 1, [], PENDING", True),
     Death((_step("settle"),), "cancelled 1, [make], PENDING", True),
     Death(
@@ -169,16 +169,29 @@ def _all(
         victim = world.composer(data_dir, {**settings, **hosts})
         stack.enter_context(world.running(victim))
         points = _Points(world, database, victim, store, heard)
+        pieces = _pieces(world)
+        world.undisturbed([piece for pair in pieces.values() for piece in pair])
         for death in DEATHS:
-            yield points.die(death)
+            yield points.die(death, *pieces[death])
         for death in CANCELLED:
-            yield points.die_cancelled(death)
+            yield points.die_cancelled(death, *pieces[death])
         victim.kill()
         short = {"PHILHARMONICS_RETENTION_S": str(RETENTION_S)}
         points.victim = world.composer(data_dir, {**settings, **short})
         stack.enter_context(world.running(points.victim))
         for death in FORGOTTEN:
-            yield points.die_forgotten(death)
+            yield points.die_forgotten(death, pieces[death][0])
+
+
+def _pieces(world: World) -> dict[Death, tuple[Piece, Piece]]:
+    """What is asked for at each death: the job that it meets, and another one."""
+    found, long_songs = {}, 0
+    for number, death in enumerate([*DEATHS, *CANCELLED, *FORGOTTEN], 1):
+        long_songs += death.takes_long
+        song = long_songs if death.takes_long else 0
+        met, beside = (world.pieces(100 * number + k) for k in (0, 1))
+        found[death] = (met[song], beside[0])
+    return found
 
 
 class _Points:
@@ -199,12 +212,11 @@ class _Points:
         self._database = database
         self._store = store
         self._heard = heard
-        self._number = self._unheard = 0
         self.victim = victim
 
-    def die(self, death: Death) -> Outcome:
+    def die(self, death: Death, piece: Piece, beside: Piece) -> Outcome:
         """A job that is done in the end; another one beside it."""
-        outcome, piece, beside = self._begin(death)
+        outcome = self._outcome(death)
         caller, begin_s = Caller([self.victim.url], self._heard.url), time.monotonic()
         job_id = self._die(death, outcome, piece, lambda: caller.submit("d", [piece]))
         caller.submit("d", [beside])
@@ -213,9 +225,9 @@ class _Points:
         self._check_end(outcome, job_id, "done", death.ends)
         return outcome
 
-    def die_cancelled(self, death: Death) -> Outcome:
+    def die_cancelled(self, death: Death, piece: Piece, beside: Piece) -> Outcome:
         """A job that is cancelled as soon as it runs; another one beside it."""
-        outcome, piece, beside = self._begin(death)
+        outcome = self._outcome(death, "cancelled, ")
         url = self._heard.url
         caller, cancelling = Caller([self.victim.url], url), Caller([self.victim.url], url)
         begin_s = time.monotonic()
@@ -240,9 +252,9 @@ class _Points:
         self._check_end(outcome, job_id, str(state), death.ends)
         return outcome
 
-    def die_forgotten(self, death: Death) -> Outcome:
+    def die_forgotten(self, death: Death, piece: Piece) -> Outcome:
         """A job whose time is over: nothing of it is left."""
-        outcome, piece, _ = self._begin(death)
+        outcome = self._outcome(death)
         uids = list[str]()
 
         def submit() -> None:
@@ -265,18 +277,9 @@ class _Points:
             outcome.violations.append(f"not deleted: {left}")
         return outcome
 
-    def _begin(self, death: Death) -> tuple[Outcome, Piece, Piece]:
-        """The pieces of a job and of another one, and what there will be to tell."""
-        self._number += 1
-        first, beside = (self._world.pieces(100 * self._number + k) for k in (0, 1))
-        song = 0
-        if death.takes_long:
-            self._unheard += 1
-            song = self._unheard
+    def _outcome(self, death: Death, what: str = "") -> Outcome:
         name = " then ".join(commit.name for commit in death.at)
-        self._world.undisturbed([first[song], beside[0]])
-        outcome = Outcome(f"{self._database}: {name}", "kill -9 before this commit")
-        return outcome, first[song], beside[0]
+        return Outcome(f"{self._database}: {what}{name}", "kill -9 before this commit")
 
     def _die(
         self, death: Death, outcome: Outcome, piece: Piece, submit: Callable[[], object]

@@ -11,7 +11,7 @@ from typing import Any
 from chaos.world import Outcome
 
 COLUMNS = (
-    ("scenario", 32), ("jobs", 5), ("again", 6), ("back s", 8), ("ended s", 8),
+    ("scenario", 40), ("jobs", 5), ("again", 6), ("back s", 8), ("ended s", 8),
     ("whole s", 8), ("calm s", 7),
 )  # fmt: skip
 

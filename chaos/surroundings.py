@@ -26,7 +26,9 @@ CUT_S = 20.0
 
 STAGE = "separate_stems"
 
-REFUSALS = {503, 507}
+COMPOSER = "remix"
+
+REFUSALS = {"503"}
 
 
 def disk(world: World) -> Iterator[Outcome]:
@@ -43,10 +45,13 @@ def disk(world: World) -> Iterator[Outcome]:
         told = caller.submit("k", world.eight)
         await_that("the first has ended", lambda: any(one.ended_s is not None for one in told))
         outcome = Outcome("full disk", f"no byte free for {FULL_S:g} s")
+        worker = server.worker(COMPOSER)
         answers = _fill(room, server.url, world.pieces(2)[0])
         outcome.facts["answers_while_full"] = sorted(set(answers))
         if not set(answers) <= REFUSALS:
             outcome.violations.append(f"while full, submissions were answered with {answers}")
+        if server.worker(COMPOSER) != worker:
+            outcome.violations.append("the composer died of it")
         healed_s = time.monotonic()
         late = caller.submit("k", world.pieces(2)[:1])
         await_that("a job is admitted again", lambda: late[0].admitted_s is not None)
@@ -54,9 +59,9 @@ def disk(world: World) -> Iterator[Outcome]:
         yield world.judge(outcome, caller, begin_s, healed_s)
 
 
-def _fill(room: Path, url: str, piece: Piece) -> list[int]:
+def _fill(room: Path, url: str, piece: Piece) -> list[str]:
     """Take every byte that is or becomes free, for a while; what submissions were answered."""
-    answers, until_s = list[int](), time.monotonic() + FULL_S
+    answers, until_s = list[str](), time.monotonic() + FULL_S
     ballast = room / "ballast"
     with ballast.open("wb") as file, httpx.Client(timeout=60.0, trust_env=False) as client:
         while time.monotonic() < until_s:
@@ -67,7 +72,10 @@ def _fill(room: Path, url: str, piece: Piece) -> list[int]:
                     os.posix_fallocate(file.fileno(), size, free.f_bavail * free.f_frsize)
                 continue
             path = f"{url}/v1/jobs/full-{len(answers)}"
-            answers.append(client.put(path, files={"song": piece.song}).status_code)
+            try:
+                answers.append(str(client.put(path, files={"song": piece.song}).status_code))
+            except httpx.TransportError as error:
+                answers.append(type(error).__name__)
     ballast.unlink()
     return answers
 

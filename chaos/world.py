@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from chaos.caller import Caller, Piece, Sums, Told
-from chaos.servers import LOOPBACK, POLL_S, STAGES, Server, address_of, composer, runner
+from chaos.servers import POLL_S, STAGES, Server, address_of, composer, runner
 from load_tests.songs import Recording, cuts
 
 JOBS = 8
 """Under way at once."""
+
+AT_ONCE = 16
+"""Jobs that are submitted together where nothing happens: fewer than the service refuses."""
 
 LENGTHS_S = (5.0, 10.0)
 """Of their songs: the shortest and the longest."""
@@ -153,10 +156,9 @@ class World:
             self._calm = self._started(self._stack, self.composer())
             self._calm.await_ready()
         new = [piece for piece in pieces if piece.name not in self._sums]
-        if new:
-            caller = Caller([self._calm.url])
-            begin_s = time.monotonic()
-            caller.submit("calm", new)
+        for start in range(0, len(new), AT_ONCE):
+            caller, begin_s = Caller([self._calm.url]), time.monotonic()
+            caller.submit("calm", new[start : start + AT_ONCE])
             for told in caller.wait():
                 if problems := told.violations(None):
                     raise SystemExit(f"Where nothing happens, a job fails: {problems}")
@@ -201,6 +203,3 @@ def busy(told: Sequence[Told], runner: Server) -> bool:
     """Whether a runner is computing at this moment, or there is nothing any more to compute."""
     computing = runner.counted("philharmonics_computing_windows") > 0
     return computing or all(one.ended_s is not None for one in told)
-
-
-__all__ = ["FAULT_S", "JOBS", "LOOPBACK", "Outcome", "World", "await_that", "busy"]
