@@ -36,9 +36,11 @@ from runners.beside import beside, settings_with_runtime_dir
 from runners.ingress import Draining, Ingress
 from runners.processes import end_with_first
 from runners.remote_stages import Runners
-from runners.runner import QUIET_MALLOC
+from runners.runner import QUIET_MALLOC, SERVICE
 from telemetry.composer import ObservedComposer
+from telemetry.logs import start_logging
 from telemetry.process import ProcessWatch
+from telemetry.traces import start_tracing
 
 _settings = settings_with_runtime_dir()
 _ingress = Ingress(_settings.drain_s)
@@ -51,7 +53,9 @@ _desk = Desk(_settings)
     workers=1,  # slots and progress are counted in this process; more composers are more replicas
     traffic={"timeout": 2 * WORK_S},  # the routes have limits of their own, with better answers
     endpoints={"livez": "/livez", "readyz": "/readyz"},
-    metrics={"enabled": False},  # a series for every path that was asked for; see telemetry
+    metrics=SERVICE["metrics"],
+    tracing=SERVICE["tracing"],
+    logging=SERVICE["logging"],
 )
 @bentoml.asgi_app(build_app(_desk))
 class Remix:
@@ -81,6 +85,8 @@ class Remix:
     async def open(self) -> None:
         """Warm up, prepare the channels to the runners, and take requests."""
         end_with_first()
+        start_logging("composer", _settings)
+        self._end_tracing = start_tracing("composer", _settings)
         self._watch = ProcessWatch("composer")
         self._watch.start()
         await asyncio.to_thread(warm_up)
@@ -117,6 +123,7 @@ class Remix:
         await self._runners.close()
         await self._watch.stop()
         self._database.close()
+        self._end_tracing()  # not on a thread of the loop's: dbos has taken them with it
 
     async def __is_ready__(self) -> bool:
         """What `/readyz` says."""

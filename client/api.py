@@ -10,6 +10,7 @@ PhilharmonicsError
 from __future__ import annotations
 
 import json
+import secrets
 import tempfile
 import threading
 import uuid
@@ -57,6 +58,7 @@ class Problem(PhilharmonicsError):
     limit: Any = None
     remedy: str | None = None
     retry_after_s: float | None = None
+    trace_id: str = ""
 
     def __str__(self) -> str:
         """Title and detail."""
@@ -73,6 +75,11 @@ class Busy(Problem):
 
 class Failed(Problem):
     """The server failed."""
+
+    def __str__(self) -> str:
+        """Title and detail, and what names the request in the server's log."""
+        trace = f" (trace {self.trace_id})" if self.trace_id else ""
+        return f"{super().__str__()}{trace}"
 
 
 @dataclass(frozen=True)
@@ -298,7 +305,10 @@ class Client:
         accept: str,
         on_progress: OnProgress | None = None,
     ) -> Iterator[httpx.Response]:
-        headers = {"Accept": accept, "X-Request-Id": uuid.uuid4().hex}
+        request_id = uuid.uuid4().hex
+        # W3C Trace Context: the request's id is that of its trace too.
+        traceparent = f"00-{request_id}-{secrets.token_hex(8)}-01"
+        headers = {"Accept": accept, "X-Request-Id": request_id, "traceparent": traceparent}
         data = {"options": json.dumps(dict(options))} if options else {}
         with (
             _opened(file) as (name, stream),
@@ -371,6 +381,7 @@ def _problem(answer: httpx.Response) -> Problem:
         limit=body.get("limit"),
         remedy=body.get("remedy"),
         retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
+        trace_id=str(body.get("trace_id", "")),
     )
 
 

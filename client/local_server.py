@@ -102,12 +102,13 @@ def local_server(notify: Callable[[str], None]) -> Iterator[str]:
 
 @contextmanager
 def _environment(grpc_port: int) -> Iterator[dict[str, str]]:
-    """With a port for gRPC, 0 for none, and a BentoML home of its own.
+    """With a port for gRPC, 0 for none, a log for people, and a BentoML home of its own.
 
     BentoML empties the metrics folder in its home at every start, another server's too.
     """
     with tempfile.TemporaryDirectory(prefix="philharmonics-", ignore_cleanup_errors=True) as home:
         yield {
+            "PHILHARMONICS_LOG": "text",
             **os.environ,
             "BENTOML_HOME": home,
             "BENTOML_DO_NOT_TRACK": "True",

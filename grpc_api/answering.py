@@ -15,6 +15,8 @@ from prometheus_client import Histogram
 from grpc_api.statuses import kind_of, refuse
 from remix.errors import RunnerUnavailable
 from telemetry.exposition import LONG_SECONDS
+from telemetry.logs import fact
+from telemetry.traces import caller_in, serving
 
 SECONDS = Histogram(
     "philharmonics_grpc_seconds",
@@ -97,12 +99,13 @@ def watching(call: Call[None]) -> Call[None]:
 
 
 async def _refusing(name: str, call: Awaitable[Answer], context: Any) -> Answer:
-    try:
-        return await _timed(name, call)
-    except Exception as error:  # noqa: BLE001 - the last one who can answer the caller
-        if kind_of(error).code is grpc.StatusCode.INTERNAL:
-            _log.error("%s failed", name, exc_info=error)
-        await refuse(context, error)
+    with serving(name, caller_in(context.invocation_metadata())):
+        try:
+            return await _timed(name, call)
+        except Exception as error:  # noqa: BLE001 - the last one who can answer the caller
+            if kind_of(error).code is grpc.StatusCode.INTERNAL:
+                _log.error("%s failed", name, exc_info=error)
+            await refuse(context, error)
 
 
 async def _timed(name: str, call: Awaitable[Answer]) -> Answer:
@@ -116,7 +119,9 @@ async def _timed(name: str, call: Awaitable[Answer]) -> Answer:
         code = kind_of(error).code
         raise
     finally:
-        SECONDS.labels(name, code.name).observe(time.monotonic() - begin_s)
+        seconds = time.monotonic() - begin_s
+        SECONDS.labels(name, code.name).observe(seconds)
+        fact("call", method=name, code=code.name, seconds=round(seconds, 4))
 
 
 def _current_task() -> asyncio.Task[Any]:

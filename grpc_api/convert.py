@@ -78,6 +78,7 @@ def job_message(job: Job) -> messages.Job:
         attempt=job.attempt,
         error=_error(job.error) if job.error is not None else None,
         artifacts=[file_message(artifact) for artifact in job.artifacts],
+        trace_id=job.trace_id,
     )
 
 

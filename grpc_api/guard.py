@@ -18,6 +18,7 @@ from jobs.door import Caller, Door
 from jobs.keys import Scope
 from remix.errors import RemixError
 from remix_v1.remix_pb2 import DESCRIPTOR
+from telemetry.traces import caller_in, serving
 
 Need = Scope | Literal["any key", "nothing"]
 """What a call must have."""
@@ -68,7 +69,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             scope = None if need == "any key" else need
             _CALLER.set(await self._door.admit(_token(details), scope))
         except RemixError as error:
-            return _refusal(handler, error)
+            return _refusal(handler, details, error)
         return handler
 
 
@@ -81,11 +82,12 @@ def _token(details: Any) -> str | None:
     return None
 
 
-def _refusal(handler: Any, error: RemixError) -> Any:
+def _refusal(handler: Any, details: Any, error: RemixError) -> Any:
     """A handler of the same kind that only refuses."""
 
     async def refusal(request: Any, context: Any) -> None:
-        await refuse(context, error)
+        with serving(details.method, caller_in(details.invocation_metadata)):
+            await refuse(context, error)
 
     kinds = {
         (False, False): grpc.unary_unary_rpc_method_handler,

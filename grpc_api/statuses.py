@@ -19,6 +19,7 @@ from google.rpc.status_pb2 import Status
 
 from remix import errors
 from telemetry.refusals import REFUSALS
+from telemetry.traces import trace_id
 
 DOMAIN = "philharmonics"
 
@@ -95,6 +96,8 @@ def status_of(error: BaseException) -> Status:
     # What went wrong inside is for the log; a stranger learns nothing useful from it.
     message = "Something failed that should not have. The server's log has the details."
     info = details.ErrorInfo(reason=kind.reason, domain=DOMAIN)
+    if found := trace_id():
+        info.metadata["trace_id"] = found
     status = Status(code=kind.code.value[0], message=message)
     if not isinstance(error, errors.RemixError):
         _add(status, info)

@@ -70,6 +70,7 @@ class JobFacts(BaseModel):
     estimate_s: float | None = Field(None, description="Seconds until it is done, about.")
     attempt: int = Field(description="How many times it was begun; above 1 after a crash.")
     error: FailureFacts | None = None
+    trace_id: str = Field(description="Names the job in the server's logs and traces.")
     artifacts: list[ArtifactFacts] = Field(description="Its files, once it is done.")
 
     @classmethod

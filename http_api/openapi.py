@@ -51,6 +51,7 @@ class Problem(BaseModel):
     value: Any = Field(None, description="What was sent.")
     limit: Any = Field(None, description="What would have been taken.")
     remedy: str | None = Field(None, description="What to do.")
+    trace_id: str = Field("", description="Names the request in the server's logs and traces.")
 
 
 _REFUSALS: Sequence[errors.RemixError | Refusal] = (

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from remix import errors
 from remix.errors import excerpt
 from telemetry.refusals import REFUSALS
+from telemetry.traces import trace_id
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -180,6 +181,8 @@ def body_of(error: Exception) -> dict[str, Any]:
     if isinstance(error, errors.RemixError | Refusal):
         members = {"value": error.value, "limit": error.limit, "remedy": error.remedy}
         body.update({name: found for name, found in members.items() if found is not None})
+    if found := trace_id():
+        body["trace_id"] = found
     return body
 
 

@@ -66,7 +66,21 @@ def open_database(url: str) -> sa.Engine:
         if address.get_backend_name() == "postgresql":  # two composers may start at once
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(TABLES_LOCK)))
         metadata.create_all(connection)
+        _add_new_columns(connection)
     return engine
+
+
+def _add_new_columns(connection: sa.Connection) -> None:
+    """Give tables of an earlier version the columns that it did not know; all may be empty."""
+    inspector = sa.inspect(connection)
+    for table in metadata.tables.values():
+        known = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = column.type.compile(connection.dialect)
+                connection.exec_driver_sql(
+                    f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
+                )
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:

@@ -75,6 +75,7 @@ class Job:
         attempt: how many times it was begun, a crash between; 0 while it waits for the first.
         error: why it failed.
         artifacts: its files, once it is done.
+        trace_id: names it in logs and traces: its caller's, if the request had one.
     """
 
     id: str
@@ -91,6 +92,7 @@ class Job:
     attempt: int = 0
     error: JobFailure | None = None
     artifacts: tuple[ArtifactInfo, ...] = ()
+    trace_id: str = ""
 
     @property
     def has_ended(self) -> bool:

@@ -31,6 +31,7 @@ from remix.mix_tracks import SAMPLE_RATE_HZ
 from remix.models import choose_models
 from remix.options import RemixOptions
 from remix.settings import Settings
+from telemetry.traces import traceparent
 
 REMIX_FILE = "remix.wav"
 
@@ -165,6 +166,7 @@ class Jobs:
             webhook_url=webhook_url or "",
             duration_s=audio.samples.shape[1] / SAMPLE_RATE_HZ,
             estimate_s=self._estimator.cost(audio.duration_s).alone_s,
+            trace=traceparent(),
         )
         del audio
         await self._files.run(self._files.put, song_path(uid), song)

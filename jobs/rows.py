@@ -15,6 +15,7 @@ from jobs.schedule import Started, Waiting, next_job
 from remix.errors import NotFound
 from remix.options import RemixOptions
 from remix.stages import Stage
+from telemetry.traces import trace_id_in
 
 TEXT = sa.String
 
@@ -46,6 +47,7 @@ JOBS = sa.Table(
     sa.Column("error", sa.Text),
     sa.Column("artifacts", sa.Text),
     sa.Column("version", TEXT(12)),  # of the code and models that began it
+    sa.Column("trace", TEXT(64)),  # the W3C header `traceparent` of its submission
     sa.UniqueConstraint("owner", "id"),
 )
 
@@ -83,6 +85,7 @@ class Request:
         webhook_url: empty for none.
         duration_s: of the song.
         estimate_s: seconds that it takes alone.
+        trace: the header of its trace; empty for none.
     """
 
     owner: str
@@ -93,6 +96,7 @@ class Request:
     webhook_url: str
     duration_s: float
     estimate_s: float
+    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Row:
         webhook_url: empty for none.
         duration_s: of the song.
         stored: where its files lie.
+        trace: the header of its trace; empty for none.
     """
 
     uid: str
@@ -124,6 +129,7 @@ class Row:
     webhook_url: str
     duration_s: float
     stored: tuple[StoredArtifact, ...]
+    trace: str
 
 
 @dataclass(frozen=True)
@@ -295,9 +301,17 @@ def row_of(found: Any) -> Row:
         attempt=found.attempt,
         error=JobFailure(**json.loads(found.error)) if found.error else None,
         artifacts=tuple(artifact.info for artifact in stored),
+        trace_id=trace_id_in(found.trace),
     )
     return Row(
-        found.uid, job, found.request, found.result, found.webhook_url, found.duration_s, stored
+        uid=found.uid,
+        job=job,
+        request=found.request,
+        result=found.result,
+        webhook_url=found.webhook_url,
+        duration_s=found.duration_s,
+        stored=stored,
+        trace=found.trace or "",
     )
 
 

@@ -34,6 +34,7 @@ from remix.errors import StorageUnavailable
 from remix.manifest import Manifest, expected_sha256
 from remix.report import StageTime
 from remix.stages import STAGES, Stage, Tensors
+from telemetry.traces import cached
 
 WINDOWS = Counter(
     "philharmonics_cache_windows",
@@ -227,7 +228,9 @@ class CachedInfer:
         outputs, was_there = await self._cache.outputs(model, inputs, self._infer)
         if was_there:
             stage = self._cache.stage_of(model)
-            self._infer.times[stage].cached += len(next(iter(inputs.values())))
+            windows = len(next(iter(inputs.values())))
+            self._infer.times[stage].cached += windows
+            cached(stage, windows)
         return outputs
 
 

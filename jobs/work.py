@@ -188,7 +188,8 @@ class Workshop:
         folder = f"{claim.uid}/{claim.attempt}"
         if (twin := await self._claims.twin(row)) is not None:
             try:
-                return Made(await self._files.run(self._copy, twin.stored, folder), is_cold=False)
+                copies = await self._files.run(self._copy, twin.stored, folder, row.job.trace_id)
+                return Made(copies, is_cold=False)
             except StorageUnavailable as error:
                 _log.warning("The files of the job before are not there: %s", error)
         length_samples = round(row.duration_s * SAMPLE_RATE_HZ)
@@ -216,13 +217,16 @@ class Workshop:
         sha256 = hashlib.sha256(content).hexdigest()
         return StoredArtifact(ArtifactInfo(name, media_type_of(name), len(content), sha256), path)
 
-    def _copy(self, stored: Iterable[StoredArtifact], folder: str) -> tuple[StoredArtifact, ...]:
+    def _copy(
+        self, stored: Iterable[StoredArtifact], folder: str, trace_id: str
+    ) -> tuple[StoredArtifact, ...]:
         copies = []
         for artifact in stored:
             name, path = artifact.info.name, f"{folder}/{artifact.info.name}"
             if name == REPORT:
                 report = json.loads(self._files.read(artifact.path) or b"{}")
                 report["times"]["whole_result_cached"] = True
+                report["trace_id"] = trace_id
                 content = json.dumps(report, indent=2).encode()
                 copies.append(self._write(name, content, folder))
             else:

@@ -31,6 +31,8 @@ from remix.composer import Composer
 from remix.errors import QueueFull, RemixError, RunnerUnavailable, StorageUnavailable
 from remix.settings import Settings
 from telemetry.exposition import LONG_SECONDS
+from telemetry.logs import fact
+from telemetry.traces import carried_on
 
 POLL_S = 1.0
 """What another composer leaves is seen after so long; what comes in here, at once."""
@@ -315,7 +317,11 @@ class Worker:
                     remedy="Send another song; the server's log may say why.",
                 )
             )
-        with self._estimator.running(row.duration_s) as run:
+        with (
+            carried_on("job", row.trace, attempt=claim.attempt),
+            self._estimator.running(row.duration_s) as run,
+        ):
+            fact("job begins", job=claim.uid, attempt=claim.attempt, duration_s=row.duration_s)
             made = await self._workshop.make(claim, row, self._bells.ring)
             run.teaches = made.is_cold and claim.attempt == 1
         stored = [asdict(artifact) for artifact in made.stored]
@@ -332,7 +338,10 @@ class Worker:
             row = await self._claims.row(held.claim, PATIENCE_S)
         held.has_settled = True
         if row.job.ended_s is not None:
-            JOB_SECONDS.labels(row.job.state).observe(row.job.ended_s - row.job.created_s)
+            seconds = row.job.ended_s - row.job.created_s
+            JOB_SECONDS.labels(row.job.state).observe(seconds)
+            with carried_on("job ends", row.trace):
+                fact("job ends", job=uid, state=row.job.state, seconds=round(seconds, 3))
         self._wake.set()
         self._bells.ring(uid)
         return bool(row.webhook_url)

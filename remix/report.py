@@ -44,6 +44,7 @@ class MadeRemix:
         times: of the runners' calls.
         decode_s: from the uploaded file to the song.
         wall_s: from the song to the remix.
+        trace_id: names the work in logs and traces; empty for none.
     """
 
     remix: Remix
@@ -52,6 +53,7 @@ class MadeRemix:
     times: Mapping[Stage, StageTime]
     decode_s: float
     wall_s: float
+    trace_id: str = ""
 
 
 def report(made: MadeRemix, manifest: Manifest, models_dir: Path) -> tuple[dict[str, Any], bytes]:
@@ -59,6 +61,7 @@ def report(made: MadeRemix, manifest: Manifest, models_dir: Path) -> tuple[dict[
     remix = made.remix
     evaluation, picture = report_similarity(remix.song, remix.audio)
     facts = {
+        "trace_id": made.trace_id,
         "song": {"duration_s": round(remix.song.duration_s, 3)},
         "voice": made.models.voice.name,
         "options": made.options.model_dump(mode="json"),

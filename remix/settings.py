@@ -64,6 +64,10 @@ class Settings:
         webhook_secret: signs what they are told (`PHILHARMONICS_WEBHOOK_SECRET`).
         keys: `on`: only callers with an API key are served; `off`: everybody is
             (`PHILHARMONICS_KEYS`); empty: everybody, and only on a loopback address.
+        traces: where spans go (`PHILHARMONICS_TRACES`): `http://host:4317`, an OpenTelemetry
+            collector's address for OTLP over gRPC, or `file:PATH`; empty: nowhere.
+        trace_share: of the requests, for which spans are written (`PHILHARMONICS_TRACE_SHARE`).
+        log: `json`, or `text` for a terminal (`PHILHARMONICS_LOG`).
     """
 
     models_dir: Path
@@ -92,6 +96,9 @@ class Settings:
     webhook_hosts: tuple[str, ...] = ()
     webhook_secret: str = ""
     keys: Literal["on", "off", ""] = ""
+    traces: str = ""
+    trace_share: float = 1.0
+    log: Literal["json", "text"] = "json"
 
     @property
     def database_url(self) -> str:
@@ -146,6 +153,14 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     keys = read("KEYS", "")
     if keys not in ("on", "off", ""):
         raise SystemExit(f"{PREFIX}KEYS is {keys!r}; it must be on, off or empty.")
+    traces = read("TRACES", "")
+    if traces and not traces.startswith(("file:", "http://", "https://")):
+        raise SystemExit(
+            f"{PREFIX}TRACES is {traces!r}; it must be file:PATH, http://HOST:PORT or empty."
+        )
+    log = read("LOG", "json")
+    if log not in ("json", "text"):
+        raise SystemExit(f"{PREFIX}LOG is {log!r}; it must be json or text.")
     root = Path(__file__).resolve().parent.parent
     return Settings(
         models_dir=Path(read("MODELS", str(root / ".models"))),
@@ -178,4 +193,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         webhook_hosts=tuple(filter(None, read("WEBHOOK_HOSTS", "").split(","))),
         webhook_secret=read("WEBHOOK_SECRET", ""),
         keys="on" if keys == "on" else "off" if keys == "off" else "",
+        traces=traces,
+        trace_share=min(1.0, number("TRACE_SHARE", 1.0, 0)),
+        log="text" if log == "text" else "json",
     )

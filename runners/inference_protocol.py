@@ -19,9 +19,10 @@ from tritonclient.grpc import service_pb2 as messages
 from remix import errors
 from remix.manifest import TensorSpec
 from remix.stages import Tensors
-from runners.adaptive_batcher import AdaptiveBatcher, Workers
+from runners.adaptive_batcher import AdaptiveBatcher, Timing, Workers
 from runners.error_details import KEY, encode_error, text_of
 from runners.tensor_messages import NUMPY_DTYPES, decode_request, encode_response
+from telemetry.traces import caller_in, past_part, serving
 
 STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.InvalidAudio: grpc.StatusCode.INVALID_ARGUMENT,
@@ -188,15 +189,12 @@ class InferenceServer:
 
     async def ModelInfer(self, data: bytes, context: Any) -> bytes:
         """Compute, in a batch with whoever else is waiting."""
-        remaining_s = context.time_remaining()
-        deadline_s = float("inf") if remaining_s is None else time.monotonic() + remaining_s
-        try:
-            request, inputs = decode_request(data)
-            model, batcher = self._find(request.model_name)
-            _check_inputs(model, inputs)
-            outputs, timing = await batcher.submit(inputs, deadline_s)
-        except errors.RemixError as error:
-            await _abort(context, error)
+        with serving("infer", caller_in(context.invocation_metadata())) as span:
+            try:
+                request, model, outputs, timing = await self._infer(data, context)
+            except errors.RemixError as error:
+                await _abort(context, error)
+            span.set_attributes({"model": model.name, "batch_windows": timing.batch_rows})
         response = messages.ModelInferResponse(
             model_name=model.name, model_version="1", id=request.id
         )
@@ -204,6 +202,19 @@ class InferenceServer:
         response.parameters["compute_s"].double_param = timing.compute_s
         response.parameters["batch_rows"].int64_param = timing.batch_rows
         return encode_response(response, outputs)
+
+    async def _infer(
+        self, data: bytes, context: Any
+    ) -> tuple[Any, ServedModel, dict[str, NDArray[Any]], Timing]:
+        remaining_s = context.time_remaining()
+        deadline_s = float("inf") if remaining_s is None else time.monotonic() + remaining_s
+        request, inputs = decode_request(data)
+        model, batcher = self._find(request.model_name)
+        _check_inputs(model, inputs)
+        begin_ns = time.time_ns()
+        outputs, timing = await batcher.submit(inputs, deadline_s)
+        past_part("compute", past_part("queue", begin_ns, timing.queue_s), timing.compute_s)
+        return request, model, outputs, timing
 
     def _find(self, name: str) -> tuple[ServedModel, AdaptiveBatcher]:
         if name not in self._models:

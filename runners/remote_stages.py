@@ -25,6 +25,7 @@ from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
 from runners.processes import end_hung, enter, forget_the_dead
 from runners.retry import RetryBudget, StageHealth, Tries, Trouble
 from runners.tensor_messages import decode_response, encode_request
+from telemetry import traces
 from telemetry.exposition import SECONDS
 
 STAGE_SECONDS = Histogram(
@@ -147,18 +148,21 @@ class Runners:
         request = encode_request(model, inputs)
         tries = Tries(self._budget, self._health[stage], self._settings.runner_patience_s)
         begin_s = time.monotonic()
-        while True:
-            start_s = time.monotonic()
-            timeout_s = self._window_s(model, rows)
-            try:
-                data = await self._infer[stage](request, timeout=timeout_s)
-                break
-            except grpc.aio.AioRpcError as failure:
-                trouble, error = self._judge(stage, model, failure, timeout_s)
-                if trouble is None:
-                    raise error from failure
-                RETRIES.labels(stage, trouble).inc()
-                await tries.again(trouble, error)
+        with traces.window(stage, model, rows) as span:
+            metadata = ((traces.HEADER, traces.traceparent()),)
+            while True:
+                start_s = time.monotonic()
+                timeout_s = self._window_s(model, rows)
+                try:
+                    data = await self._infer[stage](request, timeout=timeout_s, metadata=metadata)
+                    break
+                except grpc.aio.AioRpcError as failure:
+                    trouble, error = self._judge(stage, model, failure, timeout_s)
+                    if trouble is None:
+                        raise error from failure
+                    RETRIES.labels(stage, trouble).inc()
+                    span.add_event("made again", {"reason": trouble})
+                    await tries.again(trouble, error)
         response, outputs = decode_response(data)
         queue_s = response.parameters["queue_s"].double_param
         compute_s = response.parameters["compute_s"].double_param

@@ -27,7 +27,9 @@ from runners.processes import (
     end_with_first,
     forget_the_dead,
 )
+from telemetry.logs import start_logging
 from telemetry.process import ProcessWatch
+from telemetry.traces import start_tracing
 
 OVERTIME_S = 10.0
 """How much later than the composers beside it a stopping runner stops, at the latest."""
@@ -48,7 +50,11 @@ SERVICE: dict[str, Any] = {
     "workers": 1,  # a second worker would split the queue; replicas share it by the balancer
     "traffic": {"timeout": 3600},
     "endpoints": {"livez": "/livez", "readyz": "/readyz"},
-    "metrics": {"enabled": False},  # a series for every path that was asked for; see telemetry
+    # BentoML's metrics have a series for every path that was asked for: ours are in `telemetry`,
+    # and traces and logs too.
+    "metrics": {"enabled": False},
+    "tracing": {"excluded_urls": ".*"},
+    "logging": {"access": {"enabled": False}},
 }
 """BentoML's configuration of a runner."""
 
@@ -106,6 +112,8 @@ class Runner:
         end_with_first()
         forget_the_dead()
         self._settings = settings = read_settings()
+        start_logging(self.stage, settings)
+        self._end_tracing = start_tracing(self.stage, settings)
         self._inference = InferenceServer(
             self.stage, settings.max_queue_rows, Workers(self.workers)
         )
@@ -147,6 +155,7 @@ class Runner:
         self._inference.is_ready = False
         await self._server.stop(limit_s)
         await self._watch.stop()
+        await asyncio.to_thread(self._end_tracing)
 
     async def __is_ready__(self) -> bool:
         """BentoML's `/readyz` asks this."""

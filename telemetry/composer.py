@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client import Counter, Histogram
 
-from remix.audio import Audio
+from remix.audio import Audio, Samples
 from remix.composer import Composer, NotesOnGrid
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
 from remix.pipeline import Listen
 from remix.report import MadeRemix
 from remix.stages import Progress
+from telemetry import traces
 from telemetry.exposition import LONG_SECONDS
 
 REMIX_SECONDS = Histogram(
@@ -46,7 +48,16 @@ class ObservedComposer(Composer):
         listen: Listen | None = None,
     ) -> MadeRemix:
         """See `Composer.remix`."""
-        made = await super().remix(song, options, progress, listen)
+        with traces.song("remix") as spans:
+
+            def mixed(stretch: Samples) -> None:
+                spans.within("mix_tracks")
+                spans.did("mix_tracks")
+                if listen is not None:
+                    listen(stretch)
+
+            made = await super().remix(song, options, progress, mixed)
+            made = replace(made, trace_id=traces.trace_id())
         duration_s = made.remix.song.duration_s
         REMIX_SECONDS.labels(length_class(duration_s)).observe(made.wall_s)
         REMIX_PACE.observe(made.wall_s / duration_s)
@@ -57,13 +68,15 @@ class ObservedComposer(Composer):
         self, song: Path, options: SeparateOptions, progress: Progress
     ) -> dict[str, Audio]:
         """See `Composer.separate`."""
-        stems = await super().separate(song, options, progress)
+        with traces.song("separate"):
+            stems = await super().separate(song, options, progress)
         AUDIO_SECONDS.labels("separate").inc(next(iter(stems.values())).duration_s)
         return stems
 
     async def transcribe(self, song: Path, progress: Progress) -> NotesOnGrid:
         """See `Composer.transcribe`."""
-        notes = await super().transcribe(song, progress)
+        with traces.song("transcribe"):
+            notes = await super().transcribe(song, progress)
         AUDIO_SECONDS.labels("transcribe").inc(notes.duration_s)
         return notes
 
@@ -71,21 +84,29 @@ class ObservedComposer(Composer):
         self, notes: Path, options: GenerateOptions, progress: Progress
     ) -> NotesOnGrid:
         """See `Composer.generate`."""
-        written = await super().generate(notes, options, progress)
+        with traces.song("generate"):
+            written = await super().generate(notes, options, progress)
         AUDIO_SECONDS.labels("generate").inc(written.duration_s)
         return written
 
     async def convert(self, vocals: Path, options: ConvertOptions, progress: Progress) -> Audio:
         """See `Composer.convert`."""
-        sung = await super().convert(vocals, options, progress)
+        with traces.song("convert"):
+            sung = await super().convert(vocals, options, progress)
         AUDIO_SECONDS.labels("convert").inc(sung.duration_s)
         return sung
 
     async def synthesize(self, notes: Path, progress: Progress) -> Audio:
         """See `Composer.synthesize`."""
-        sound = await super().synthesize(notes, progress)
+        with traces.song("synthesize"):
+            sound = await super().synthesize(notes, progress)
         AUDIO_SECONDS.labels("synthesize").inc(sound.duration_s)
         return sound
+
+    async def decode(self, song: Path, new_hz: int | None = None) -> Audio:
+        """See `Composer.decode`."""
+        with traces.part("decode"):
+            return await super().decode(song, new_hz)
 
 
 def length_class(duration_s: float) -> str:

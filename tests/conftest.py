@@ -190,5 +190,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """All of it: the composer and the five runners, with the models that are installed."""
     folder = tmp_path_factory.mktemp("server")
     command = [sys.executable, "-m", "bentoml", "serve", "service:Remix"]
-    with serving(command, folder, ready_s=240.0) as running:
+    traces = {"PHILHARMONICS_TRACES": f"file:{folder / 'spans'}"}
+    with serving(command, folder, 240.0, traces) as running:
         yield running

@@ -35,6 +35,9 @@ from remix.report import MadeRemix
 from remix.settings import read_settings
 from remix.stages import Progress, Stage, Tensors
 from runners.remote_stages import StageTimes
+from runners.runner import SERVICE
+from telemetry.logs import start_logging
+from telemetry.traces import start_tracing
 from tests.conftest import CRASH_SEED
 
 STEP_S = 0.1
@@ -154,7 +157,9 @@ _desk = Desk(_settings)
     workers=1,
     traffic={"timeout": 6_000},
     endpoints={"livez": "/livez", "readyz": "/readyz"},
-    metrics={"enabled": False},
+    metrics=SERVICE["metrics"],
+    tracing=SERVICE["tracing"],
+    logging=SERVICE["logging"],
 )
 @bentoml.asgi_app(build_app(_desk))
 class FakeRemix:
@@ -163,6 +168,8 @@ class FakeRemix:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def open(self) -> None:
         """Take requests."""
+        start_logging("composer", _settings)
+        self._end_tracing = start_tracing("composer", _settings)
         database = Database(open_database(_settings.database_url))
         _desk.keys = KeyStore(database)
         if _desk.door.asks_for_keys:
@@ -179,6 +186,7 @@ class FakeRemix:
         """Let what runs over gRPC end."""
         await self._grpc.drain()
         await self._jobs.stop()
+        self._end_tracing()
 
 
 # `bentoml.service` makes a Service of the class; its stub says it leaves it a class.
