@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pynvml
 from numpy.typing import NDArray
 
 from remix.errors import InvalidModel
@@ -29,6 +30,36 @@ PROVIDERS = {
 }
 
 
+CPU_BY_CHOICE = "set PHILHARMONICS_DEVICE=cpu to run on the processor."
+
+
+def check_cuda() -> None:
+    """Refuse the device `cuda` where there is none.
+
+    Raises:
+        InvalidModel: this onnxruntime has no CUDA, or the machine shows no GPU.
+    """
+    found = onnxruntime.get_available_providers()
+    if PROVIDERS["cuda"][0] not in found:
+        raise InvalidModel(
+            f"The device cuda needs {PROVIDERS['cuda'][0]}, and this onnxruntime has only "
+            f"{', '.join(found)}: use the GPU image or install onnxruntime-gpu, or {CPU_BY_CHOICE}"
+        )
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise InvalidModel(
+            f"The device cuda needs NVIDIA's driver, and there is none here ({error}): give the "
+            f"container a GPU (NVIDIA's container toolkit, `--gpus`), or {CPU_BY_CHOICE}"
+        ) from error
+    if not count:
+        raise InvalidModel(
+            f"The device cuda needs a GPU, and the driver shows 0: give one, or {CPU_BY_CHOICE}"
+        )
+
+
 class OnnxSession:
     """A verified graph, ready to run. Safe to call from several threads at once."""
 
@@ -39,13 +70,9 @@ class OnnxSession:
             InvalidModel: its checksum or its signature is not the manifest's, or the device
                 cannot be used.
         """
-        wanted = PROVIDERS[settings.device][0]
-        if wanted not in onnxruntime.get_available_providers():
-            raise InvalidModel(
-                f"The device {settings.device} needs {wanted}, and this onnxruntime has only "
-                f"{', '.join(onnxruntime.get_available_providers())}: install onnxruntime-gpu, or "
-                "set PHILHARMONICS_DEVICE=cpu."
-            )
+        if settings.device == "cuda":
+            check_cuda()
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages
         path = entry.verified_path(settings.models_dir, file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
@@ -58,6 +85,12 @@ class OnnxSession:
             )
         except Exception as error:  # the runtime's own exceptions share no public base
             raise InvalidModel(f"{path} of model {entry.name} cannot be loaded: {error}") from error
+        # It would fall back to the processor, and say so in its log only.
+        if self._session.get_providers()[0] != PROVIDERS[settings.device][0]:
+            raise InvalidModel(
+                f"{path} of model {entry.name} runs on {self._session.get_providers()[0]}, not on "
+                f"{settings.device}: the log has what CUDA says; mend it, or {CPU_BY_CHOICE}"
+            )
         self.inputs = _specs(self._session.get_inputs())
         self.outputs = _specs(self._session.get_outputs())
         self.facts: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)

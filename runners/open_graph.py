@@ -6,6 +6,7 @@ named there runs ONNX Runtime. Each runtime is imported only where it is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -55,6 +56,21 @@ def open_graph(entry: ModelEntry, settings: Settings) -> Graph:
         f"models.toml: {entry.name} has the backend {backend!r} on {settings.device}; it must be "
         "onnx, openvino or torchscript."
     )
+
+
+def check_device(entries: Sequence[ModelEntry], settings: Settings) -> None:
+    """Refuse a device that is not there, before anything is loaded.
+
+    Raises:
+        InvalidModel: the graphs of these entries could not run on it.
+    """
+    graphs = [entry for entry in entries if any(file.inputs for file in entry.files)]
+    if settings.device == "cuda" and any(
+        entry.backend.get("cuda", "onnx") == "onnx" for entry in graphs
+    ):
+        from runners.onnx_session import check_cuda
+
+        check_cuda()
 
 
 def check_signature(

@@ -20,6 +20,7 @@ from remix.stages import Stage
 from runners.adaptive_batcher import Workers
 from runners.front import front
 from runners.inference_protocol import SERVER_OPTIONS, InferenceServer, ServedModel
+from runners.open_graph import check_device
 from runners.processes import (
     be_first,
     be_known,
@@ -76,6 +77,7 @@ def verify_models(stage: Stage) -> None:
         for entry in entries:
             for file in entry.files:
                 entry.verified_path(settings.models_dir, file)
+        check_device(entries, settings)
     except (InvalidModel, NotFound) as error:
         raise SystemExit(f"The runner {stage} does not start. {error}") from error
 
