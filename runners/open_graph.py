@@ -64,9 +64,10 @@ def check_device(entries: Sequence[ModelEntry], settings: Settings) -> None:
     Raises:
         InvalidModel: the graphs of these entries could not run on it.
     """
-    graphs = [entry for entry in entries if any(file.inputs for file in entry.files)]
     if settings.device == "cuda" and any(
-        entry.backend.get("cuda", "onnx") == "onnx" for entry in graphs
+        entry.backend.get("cuda", "onnx") == "onnx" and file.path.endswith(".onnx")
+        for entry in entries
+        for file in entry.files
     ):
         from runners.onnx_session import check_cuda
 
