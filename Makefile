@@ -34,6 +34,7 @@ serve: models  ## start all of it on this machine
 .PHONY: test
 test: export-environment  ## all tests, with the export environment (torch)
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@scripts/get-promtool >/dev/null || echo "The alerts' rules are not tested: no promtool." >&2
 	.venv-dev/bin/python -m pytest $(TESTS)
 
 .PHONY: lint
@@ -99,6 +100,11 @@ compose-test: export-environment  ## the whole service in containers, attacked; 
 chart-check: .venv-chart/installed models  ## the Helm chart: lint, schemas, policies, a part of it run; after make images
 	@.venv/bin/python -m export.demo_song $(DEMO_SONG)
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 .venv-chart/bin/python -m pytest -v deploy/test_chart.py
+
+.PHONY: alert-check
+alert-check:  ## each alert fires on what it is for, and not before (promtool)
+	@promtool=$$(scripts/get-promtool) && cd docker/prometheus && \
+		"$$promtool" check rules alerts.yml && "$$promtool" test rules alerts.test.yml
 
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
