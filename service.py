@@ -34,7 +34,7 @@ from remix.manifest import read_manifest
 from remix.settings import GRPC_HOST
 from runners.beside import beside, settings_with_runtime_dir
 from runners.ingress import Draining, Ingress
-from runners.processes import end_with_first
+from runners.processes import end_with_first, keep_room
 from runners.remote_stages import Runners
 from runners.runner import QUIET_MALLOC, SERVICE
 from telemetry.composer import ObservedComposer
@@ -111,6 +111,7 @@ class Remix:
         if _settings.grpc_port:
             await self._grpc.start()
             _ingress.on_stop(self._grpc.drain)
+        keep_room()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def close(self) -> None:

@@ -13,7 +13,7 @@ import grpc
 from prometheus_client import Histogram
 
 from grpc_api.statuses import kind_of, refuse
-from remix.errors import RunnerUnavailable
+from remix.errors import RunnerUnavailable, full_disk
 from telemetry.exposition import LONG_SECONDS
 from telemetry.logs import fact
 from telemetry.traces import caller_in, serving
@@ -111,7 +111,8 @@ async def _refusing(name: str, call: Awaitable[Answer], context: Any) -> Answer:
 async def _timed(name: str, call: Awaitable[Answer]) -> Answer:
     begin_s, code = time.monotonic(), grpc.StatusCode.OK
     try:
-        return await call
+        with full_disk():
+            return await call
     except asyncio.CancelledError:  # the caller left, or his deadline passed
         code = grpc.StatusCode.CANCELLED
         raise

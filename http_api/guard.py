@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from http_api.problems import MEDIA_TYPE, Refusal, framework_refusal, problem
 from http_api.scopes import need_of
 from jobs.door import ANYBODY, Caller, Door
-from remix.errors import LimitExceeded, RemixError, excerpt
+from remix.errors import LimitExceeded, RemixError, excerpt, full_disk
 
 PICKLE = "application/vnd.bentoml+pickle"
 
@@ -54,7 +54,8 @@ class Guard:
         try:
             scope.setdefault("state", {})["caller"] = await self._admit(scope)
             self._refuse_at_sight(Headers(scope=scope))
-            await self._app(scope, self._counted(receive), answer.send)
+            with full_disk():
+                await self._app(scope, self._counted(receive), answer.send)
         except (RemixError, HTTPException) as error:
             await answer.close_with(error, scope, receive)
         except Exception as error:  # noqa: BLE001 - the last one who can answer the caller

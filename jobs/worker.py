@@ -28,7 +28,13 @@ from jobs.webhook import Webhooks
 from jobs.work import Workshop
 from jobs.workflow import Outcome, Workflows
 from remix.composer import Composer
-from remix.errors import QueueFull, RemixError, RunnerUnavailable, StorageUnavailable
+from remix.errors import (
+    QueueFull,
+    RemixError,
+    RunnerUnavailable,
+    StorageUnavailable,
+    full_disk,
+)
 from remix.settings import Settings
 from telemetry.exposition import LONG_SECONDS
 from telemetry.logs import fact
@@ -287,7 +293,8 @@ class Worker:
         wait_s = next(waits_s)
         while True:
             try:
-                return await self._try(claim)
+                with full_disk():
+                    return await self._try(claim)
             except (RunnerUnavailable, StorageUnavailable, QueueFull) as error:
                 if time.monotonic() - start_s > PATIENCE_S:
                     return _failed(error)

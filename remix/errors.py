@@ -25,8 +25,11 @@ holds the tables to this tree.
 
 from __future__ import annotations
 
+import errno
 import math
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -133,6 +136,25 @@ class RunnerUnavailable(RemixError):
 
 class StorageUnavailable(RemixError):
     """The database or the file store cannot be reached, or is full."""
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Turns a full disk, by whatever it was met, into `StorageUnavailable`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StorageUnavailable(
+            f"The service has no room: {error.strerror}.",
+            value=error.strerror,
+            limit="a disk with room",
+            remedy="Try again when Retry-After has passed; its operator must make room.",
+        ) from error
 
 
 _SHORTENED = reprlib.Repr()

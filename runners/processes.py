@@ -110,6 +110,20 @@ def forget_the_dead() -> None:
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
+def keep_room() -> None:
+    """Have room on the disk for whatever this process will count.
+
+    Its metrics' files are mapped into memory, and have holes: a page that the disk has no room for
+    when it is first written to ends the process (SIGBUS).
+    """
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
+        return
+    for path in Path(folder).glob(f"*_{os.getpid()}.db"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def enter(runtime_dir: Path) -> BinaryIO:
     """A composer's lock, which holds the runners beside it until it is closed.
 

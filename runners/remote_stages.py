@@ -122,6 +122,8 @@ class Runners:
         self._budget = RetryBudget()
         self._at_work = enter(settings.runtime_dir)
         forget_the_dead()
+        for stage in STAGES:
+            AWAY.labels(stage).set(True)  # as long as none has answered
         self._row_s: dict[str, float] = {}
 
     async def close(self) -> None:

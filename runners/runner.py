@@ -27,6 +27,7 @@ from runners.processes import (
     composers_gone,
     end_with_first,
     forget_the_dead,
+    keep_room,
 )
 from telemetry.logs import start_logging
 from telemetry.process import ProcessWatch
@@ -133,6 +134,7 @@ class Runner:
         await self._server.start()
         if not settings.listen:  # else whoever started it alone looks after it
             self._known = be_known(settings.runtime_dir, self.stage)
+        keep_room()
 
     def _load_warm(self, settings: Settings) -> list[ServedModel]:
         manifest, models = read_manifest(), list(self.load(settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import grpc
 import pytest
@@ -129,3 +130,10 @@ def test_status_of_anything_fits_into_the_metadata_that_clients_take() -> None:
     error = errors.NotFound("There is no such voice; " * 500, value="x" * 10**5, limit=names)
     # 8 KB in all (grpc.max_metadata_size), and the details travel as base64.
     assert len(status_of(error).SerializeToString()) < 5_000
+
+
+def test_full_disk_is_storage_that_is_away_and_no_other_fault_is(tmp_path: Path) -> None:
+    with pytest.raises(errors.StorageUnavailable), errors.full_disk():
+        Path("/dev/full").write_bytes(b"a byte")
+    with pytest.raises(FileNotFoundError), errors.full_disk():
+        (tmp_path / "nothing").read_bytes()

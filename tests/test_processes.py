@@ -90,6 +90,19 @@ def test_hung_runner_is_killed_and_nobody_who_has_its_number_later(tmp_path: Pat
     assert not end_hung(tmp_path, "another")
 
 
+def test_metrics_have_room_before_the_disk_is_full(tmp_path: Path) -> None:
+    process = (
+        "from prometheus_client import Counter; from runners.processes import keep_room; "
+        "Counter('windows', 'of a test', ['model']).labels('x').inc(); keep_room()"
+    )
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", process], cwd=ROOT, env=environment, check=True)
+    files = [path.stat() for path in tmp_path.glob("counter_*.db")]
+    assert len(files) == 1
+    for file in files:  # in blocks of 512 bytes
+        assert file.st_blocks * 512 >= file.st_size
+
+
 @pytest.mark.slow
 def test_nothing_outlives_the_first_process_that_is_killed(
     runtime_dir: Path, tmp_path_factory: pytest.TempPathFactory
