@@ -63,7 +63,7 @@ def _fill(room: Path, url: str, piece: Piece) -> list[str]:
     """Take every byte that is or becomes free, for a while; what submissions were answered."""
     answers, until_s = list[str](), time.monotonic() + FULL_S
     ballast = room / "ballast"
-    with ballast.open("wb") as file, httpx.Client(timeout=60.0, trust_env=False) as client:
+    with ballast.open("wb") as file, httpx.Client(timeout=FULL_S, trust_env=False) as client:
         while time.monotonic() < until_s:
             free = os.statvfs(room)
             if free.f_bavail:
