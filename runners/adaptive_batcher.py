@@ -218,8 +218,9 @@ class AdaptiveBatcher:
     def show_queue(self) -> None:
         """Tell the metrics how long the queue is, and since when; its age grows by itself."""
         QUEUE_WINDOWS.labels(self._name).set(sum(request.rows for request in self._waiting))
-        oldest_s = min((r.arrival_s for r in self._waiting), default=time.monotonic())
-        QUEUE_AGE_SECONDS.labels(self._name).set(time.monotonic() - oldest_s)
+        now_s = time.monotonic()
+        oldest_s = min((request.arrival_s for request in self._waiting), default=now_s)
+        QUEUE_AGE_SECONDS.labels(self._name).set(now_s - oldest_s)
 
     async def _dispatch(self) -> None:
         async with self._workers.free:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import re
+import threading
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
+from remix.stages import Tensors
+from runners.adaptive_batcher import WINDOW_OUTCOMES, AdaptiveBatcher, Workers
 from runners.inference_protocol import silent_ends
 from tests.conftest import ROOT, ServerProcess
 from tests.test_http_api import wav
@@ -80,6 +86,55 @@ def test_silence_behind_the_end_is_padding_and_silence_within_is_not() -> None:
     assert silent_ends(windows) == 0.0
     windows[0, 75:] = windows[2] = 0.0
     assert silent_ends(windows) == 1.25
+
+
+def test_batcher_counts_windows_by_what_became_of_them_and_their_padding() -> None:
+    def value(name: str, **labels: str) -> float:
+        found = REGISTRY.get_sample_value(f"philharmonics_{name}", {"model": "counted", **labels})
+        return found or 0.0
+
+    async def scenario() -> None:
+        started, gate = threading.Event(), threading.Event()
+
+        def compute(inputs: Tensors) -> dict[str, NDArray[Any]]:
+            started.set()
+            assert gate.wait(60)
+            return {"y": inputs["x"]}
+
+        batcher = AdaptiveBatcher(
+            "counted",
+            compute,
+            Workers(1),
+            max_batch_rows=2,
+            max_queue_rows=8,
+            padding=lambda inputs, outputs: silent_ends(outputs["y"]),
+        )
+        window = {"x": np.array([[1, 1, 0, 0]], np.float32)}
+        first = asyncio.create_task(batcher.submit(window))
+        assert await asyncio.to_thread(started.wait, 60)
+        # While one is computed: two that go together, and one whose caller leaves before.
+        others = [asyncio.create_task(batcher.submit(window)) for _ in range(3)]
+        while value("queue_windows") < 3:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        batcher.show_queue()
+        assert 0.05 <= value("queue_age_seconds") < 60
+        others[0].cancel()
+        first.cancel()
+        await asyncio.wait([first, others[0]])
+        gate.set()
+        await asyncio.gather(*others[1:])
+        assert value("queue_windows") == value("queue_age_seconds") == 0
+
+    before = {outcome: value("windows_total", outcome=outcome) for outcome in WINDOW_OUTCOMES}
+    asyncio.run(scenario())
+    counts = {
+        outcome: value("windows_total", outcome=outcome) - was for outcome, was in before.items()
+    }
+    assert counts == {"computed": 2, "wasted": 1, "cancelled": 1, "overdue": 0, "failed": 0}
+    assert value("batch_windows_sum") == 3
+    assert value("batch_windows_count") == 2
+    assert value("padding_windows_total") == 1.5
 
 
 def series(url: str) -> set[tuple[str, tuple[tuple[str, str], ...]]]:

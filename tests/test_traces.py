@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +18,17 @@ import grpc
 import httpx
 import pytest
 import sqlalchemy as sa
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 
 from jobs.database import open_database
 from jobs.rows import JOBS
 from remix.stages import STAGES
 from remix_v1 import remix_pb2 as messages
-from tests.conftest import ServerProcess
+from tests.conftest import ROOT, SLOW_SEED, ServerProcess, serving
 from tests.grpc_caller import calling, collect, refusal_of, upload
 from tests.test_http_api import wav
 
@@ -182,3 +192,85 @@ def test_trace_of_a_remix_holds_every_stage_of_both_branches(
             assert (infer["name"], process) == ("infer", f"philharmonics.{stage}")
             parts = [s["name"] for s in found if s["parent_id"] == infer["context"]["span_id"]]
             assert sorted(parts) == ["compute", "queue"]
+
+
+@pytest.mark.slow
+def test_job_that_another_server_carries_on_keeps_its_trace(tmp_path: Path, trace_id: str) -> None:
+    command = [sys.executable, "-m", "bentoml", "serve", "tests.fakes:FakeRemix"]
+    environment = {"PHILHARMONICS_DATA_DIR": str(tmp_path / "data")}
+
+    def begins(server: ServerProcess) -> list[int] | None:
+        told = [line for line in lines_of(server, trace_id) if line["message"] == "job begins"]
+        return [line["attempt"] for line in told] or None
+
+    (tmp_path / "a").mkdir()
+    with serving(command, tmp_path / "a", 60.0, environment) as first:
+        httpx.put(
+            f"{first.url}/v1/jobs/long",
+            files={"song": ("song.wav", wav())},
+            data={"options": f'{{"seed": {SLOW_SEED}}}'},
+            headers=traceparent(trace_id),
+            timeout=60.0,
+        )
+        assert until(lambda: begins(first)) == [1]
+        for pid in first.pids():
+            os.kill(pid, signal.SIGKILL)
+    (tmp_path / "b").mkdir()
+    with serving(command, tmp_path / "b", 60.0, environment) as second:
+        assert until(lambda: begins(second)) == [2]
+
+
+class Collector(TraceServiceServicer):
+    """An OpenTelemetry collector that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        self.services: set[str] = set()
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC names methods
+        for resource in request.resource_spans:
+            self.services |= {
+                pair.value.string_value
+                for pair in resource.resource.attributes
+                if pair.key == "service.name"
+            }
+            for scope in resource.scope_spans:
+                self.spans += scope.spans
+        return ExportTraceServiceResponse()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from remix.settings import Settings
+from telemetry import traces
+settings = Settings(Path(), Path(), traces=sys.argv[1], trace_share=float(sys.argv[2]))
+end = traces.start_tracing("composer", settings)
+for number in range(64):
+    with traces.serving("request", f"00-{number + 1:016x}{number << 58:016x}-00f067aa0ba902b7-01"):
+        with traces.song("remix"), traces.window("convert_voice", "voice", 1):
+            print(traces.trace_id())
+end()
+"""
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(1.0, 64, 64), (0.25, 16, 16), (0.0, 0, 0)])
+def test_spans_reach_a_collector_for_the_share_that_is_asked_for(
+    share: float, least: int, most: int
+) -> None:
+    """The ids of the 64 requests are spread evenly; whether one is traced follows from its id."""
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"http://127.0.0.1:{port}", str(share)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    server.stop(0).wait()
+    assert len(set(done.stdout.split())) == 64  # each has its id, traced or not
+    traced = {span.trace_id for span in collector.spans}
+    assert least <= len(traced) <= most
+    assert len(collector.spans) == 4 * len(traced)  # request, remix, convert_voice, window
+    assert collector.services == ({"philharmonics.composer"} if traced else set())
