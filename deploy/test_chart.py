@@ -9,6 +9,7 @@ the rendered Deployments of the composer and of one runner.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -387,9 +388,14 @@ def test_a_second_release_shares_the_runners_that_it_does_not_have() -> None:
         for stage in STAGES
         if stage != "generate_notes"
     }
-    objects = render({**values, "runners": others, "image": {"tag": "0.2.0"}}, "next")
+    volumes = {
+        volume: {"volume": {"persistentVolumeClaim": {"claimName": f"remix-{volume}"}}}
+        for volume in ("data", "models")
+    }
+    objects = render({**values, **volumes, "runners": others, "image": {"tag": "0.2.0"}}, "next")
     deployments = {each["metadata"]["name"] for each in of_kind(objects, "Deployment")}
     assert deployments == {"next-composer", "next-generate-notes"}
+    assert not of_kind(objects, "PersistentVolumeClaim")
     # The first release's policies let the second one's composers in.
     first = render(values)
     templates, then = dict(pods(first)), dict(pods(objects))
@@ -424,10 +430,36 @@ def test_queries_parse_and_name_metrics_that_there_are(objects: list[Object]) ->
 # --- run ------------------------------------------------------------------------------------------
 
 
-def podman(*arguments: str, check: bool = True) -> str:
-    done = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 or not check, f"podman {arguments}: {done.stderr[-2000:]}"
-    return done.stdout.strip()
+CONTAINERS_CONF = """
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+"""
+"""For podman where there is no systemd, and no right to raise limits."""
+
+
+@pytest.fixture(scope="module")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    conf = tmp_path_factory.mktemp("podman") / "containers.conf"
+    conf.write_text(CONTAINERS_CONF)
+    environment = {**os.environ, "CONTAINERS_CONF": str(conf)}
+    environment.pop("DOCKER_CONFIG", None)  # podman would look for a file in it
+
+    def run(*arguments: str, stdin: Any = None, check: bool = True) -> str:
+        done = subprocess.run(
+            ["podman", *arguments],
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0 or not check, f"podman {arguments}: {done.stderr[-2000:]}"
+        return done.stdout.strip()
+
+    return run
 
 
 def await_that(what: str, is_so: Callable[[], bool], limit_s: float = PLAY_S) -> None:
@@ -444,15 +476,8 @@ def status(url: str) -> int:
         return 0
 
 
-def address(pod: str) -> str:
-    """Of a pod, on podman's network."""
-    infra = json.loads(podman("pod", "inspect", pod))["InfraContainerID"]
-    networks = json.loads(podman("inspect", infra))[0]["NetworkSettings"]["Networks"]
-    return str(next(iter(networks.values()))["IPAddress"])
-
-
 @pytest.fixture(scope="module")
-def tag() -> str:
+def tag(podman: Callable[..., str]) -> str:
     """Of the images, which are carried from Docker to podman."""
     for command in ("podman", "docker"):
         if shutil.which(command) is None:
@@ -461,25 +486,31 @@ def tag() -> str:
     for role in ("composer", "runner"):
         source, target = f"philharmonics/{role}:latest", f"philharmonics/{role}:{version}"
         subprocess.run(["docker", "tag", source, target], check=True)
-        save = subprocess.Popen(["docker", "save", target], stdout=subprocess.PIPE)
-        subprocess.run(
-            ["podman", "load", "--quiet"], stdin=save.stdout, stdout=subprocess.DEVNULL, check=True
-        )
-        assert save.wait() == 0
+        with subprocess.Popen(["docker", "save", target], stdout=subprocess.PIPE) as save:
+            podman("load", "--quiet", stdin=save.stdout)
+        assert save.returncode == 0
     return version
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Iterator[Callable[[Object], str]]:
+def play(tmp_path: Path, podman: Callable[..., str]) -> Iterator[Callable[[Object], str]]:
     """Runs a rendered Deployment; its pod's address."""
     played: list[Path] = []
 
     def run(deployment: Object) -> str:
-        path = tmp_path / f"{deployment['metadata']['name']}.yaml"
+        (server,) = deployment["spec"]["template"]["spec"]["containers"]
+        # podman would publish each port on this machine, and probe with a systemd that may not
+        # be here and a curl that is not in the image; the test asks what the probes ask.
+        for key in ("ports", "startupProbe", "livenessProbe", "readinessProbe"):
+            del server[key]
+        name = deployment["metadata"]["name"]
+        path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(deployment))
         played.append(path)
         podman("play", "kube", str(path))
-        return address(f"{deployment['metadata']['name']}-pod-0")
+        infra = json.loads(podman("pod", "inspect", f"{name}-pod-0"))["InfraContainerID"]
+        networks = json.loads(podman("inspect", infra))[0]["NetworkSettings"]["Networks"]
+        return str(next(iter(networks.values()))["IPAddress"])
 
     yield run
     for path in reversed(played):
@@ -487,14 +518,14 @@ def play(tmp_path: Path) -> Iterator[Callable[[Object], str]]:
 
 
 def test_composer_and_a_runner_run_as_rendered(
-    tag: str, play: Callable[[Object], str], tmp_path: Path
+    tag: str, play: Callable[[Object], str], podman: Callable[..., str], tmp_path: Path
 ) -> None:
     song = ROOT / ".cache/demo_song.mp3"
     data = tmp_path / "data"
     data.mkdir()
     data.chmod(0o777)  # a node's folder stands for the volumes; podman knows no fsGroup
     values: Object = {
-        "image": {"repository": "docker.io/philharmonics", "tag": tag, "pullPolicy": "Never"},
+        "image": {"repository": "localhost/philharmonics", "tag": tag, "pullPolicy": "Never"},
         "keys": "off",
         "autoscaling": {"kind": "none"},
         "models": {"fill": False, "volume": {"hostPath": {"path": str(ROOT / ".models")}}},

@@ -50,6 +50,11 @@ RIPPLE = 2.0 / 32768
 """Two steps of 16 bits: what other threads' order of summing may change, and no more."""
 
 
+READ_METRICS = (
+    "import urllib.request as u; print(u.urlopen('http://127.0.0.1:3000/metrics').read().decode())"
+)
+
+
 def docker(*arguments: str, check: bool = True) -> str:
     """What the engine's command says."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
@@ -107,8 +112,7 @@ class Stack:
 
     def metrics(self, container: str) -> str:
         """A server's metrics, read from within."""
-        read = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:3000/metrics').read().decode())"
-        return self.python(container, read)
+        return self.python(container, READ_METRICS)
 
 
 def new_stack(project: str, profile: str) -> Stack:
@@ -398,6 +402,26 @@ def test_both_replicas_of_a_runner_work(stack: Stack, song: bytes) -> None:
         "both have computed",
         lambda: post_remix(stack.url, next(songs(song, 1, next(numbers)))) != b"" and all(counts()),
     )
+
+
+def test_other_models_need_no_other_image(stack: Stack, tmp_path: Path) -> None:
+    text = (ROOT / "models.toml").read_text()
+    start = text.index("[band-transformer-2m]")
+    stop = text.index("\n[", text.index("outputs", start))
+    manifest = tmp_path / "models.toml"
+    manifest.write_text(text[start:stop].replace("band-transformer-2m", "band-next"))
+    manifest.chmod(0o644)
+    mounts = ["-v", f"{stack.project}_models:/models", "-v", f"{manifest}:/app/models.toml:ro"]
+    docker("run", "--rm", *mounts, "-e", "FOLDER=next", "philharmonics/exporter")
+    runner = docker(
+        *("run", "-d", *mounts, "-e", "PHILHARMONICS_MODELS=/models/next", "philharmonics/runner"),
+        *("bentoml", "serve", "runners.generate_notes:GenerateNotes", "--port", "3000"),
+    )
+    try:
+        ask = ("exec", runner, "python", "-c", READ_METRICS)
+        await_that("it serves them", lambda: 'model="band-next"' in docker(*ask, check=False), 60.0)
+    finally:
+        docker("rm", "-f", runner)
 
 
 def test_small_is_the_same_in_one_container(stack: Stack, song: bytes) -> None:
