@@ -25,6 +25,7 @@ FOLDERS = (
     "benchmarks",
     "load_tests",
     "chaos",
+    "deploy",
     "tests",
 )
 ROOT_MODULES = ("service", "grpc_service")
@@ -45,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"remix", "runners"},
     "training": {"remix", "export"},
     "chaos": {"load_tests", "remix_v1"},
-    "benchmarks": OURS - {"tests", "load_tests", "chaos"},
+    "deploy": set(),
+    "benchmarks": OURS - {"tests", "load_tests", "chaos", "deploy"},
     "tests": OURS,
 }
 """Which of ours each of ours may import, beside itself."""
