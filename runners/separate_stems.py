@@ -85,8 +85,9 @@ class HTDemucs(SeparationModel):
             "spectra": spectra.view(np.float32).reshape(*spectra.shape, 2),
         })  # fmt: skip
         spectra_stems = np.ascontiguousarray(outputs["spectra_stems"]).view(np.complex64)[..., 0]
-        stems = istft(spectra_stems, self.framing, mixture.shape[-1])
-        stems += outputs["wave_stems"]
+        stems = outputs["wave_stems"]
+        for index in range(stems.shape[1]):  # one by one: the frames of all would be 170 MB
+            stems[:, index] += istft(spectra_stems[:, index], self.framing, mixture.shape[-1])
         return stems
 
 
