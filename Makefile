@@ -106,6 +106,15 @@ alert-check:  ## each alert fires on what it is for, and not before (promtool)
 	@promtool=$$(scripts/get-promtool) && cd docker/prometheus && \
 		"$$promtool" check rules alerts.yml && "$$promtool" test rules alerts.test.yml
 
+.PHONY: alert-faults
+alert-faults: export-environment  ## alerts fire on faults of real processes; two minutes
+	@scripts/get-promtool >/dev/null
+	.venv-dev/bin/python -m pytest -v tests/alert_faults.py
+
+.PHONY: gpu-check
+gpu-check: .venv-chart/installed  ## what the GPU image installs, resolved and not fetched, and its size
+	@.venv-chart/bin/python docker/resolve_cuda.py
+
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
 	rm -rf .venv .venv-dev .venv-load .venv-chart .models .cache out build *.egg-info
