@@ -36,7 +36,9 @@ from remix.settings import read_settings
 from remix.stages import Progress, Stage, Tensors
 from runners.remote_stages import StageTimes
 from runners.runner import SERVICE
+from telemetry.composer import ObservedComposer
 from telemetry.logs import start_logging
+from telemetry.process import ProcessWatch
 from telemetry.traces import start_tracing
 from tests.conftest import CRASH_SEED
 
@@ -148,6 +150,10 @@ class FakeComposer(Composer):
         return Audio(np.zeros((2, 44_100), np.float32), 44_100)
 
 
+class ObservedFake(ObservedComposer, FakeComposer):
+    """The fake, as its calls are seen from outside."""
+
+
 _settings = read_settings()
 _desk = Desk(_settings)
 
@@ -170,11 +176,13 @@ class FakeRemix:
         """Take requests."""
         start_logging("composer", _settings)
         self._end_tracing = start_tracing("composer", _settings)
+        self._watch = ProcessWatch("composer")
+        self._watch.start()
         database = Database(open_database(_settings.database_url))
         _desk.keys = KeyStore(database)
         if _desk.door.asks_for_keys:
             await _desk.door.open(_desk.keys.list)
-        composer = FakeComposer(_settings, read_manifest(), no_infer)
+        composer = ObservedFake(_settings, read_manifest(), no_infer)
         self._jobs = Jobs(_settings, composer, _desk.estimator, database)
         await self._jobs.start()
         _desk.open(composer, self._jobs)
@@ -186,6 +194,7 @@ class FakeRemix:
         """Let what runs over gRPC end."""
         await self._grpc.drain()
         await self._jobs.stop()
+        await self._watch.stop()
         self._end_tracing()
 
 
