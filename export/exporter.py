@@ -65,6 +65,8 @@ class Original(ABC):
     facts: Mapping[str, Any]
     """The `facts` of the manifest entry, as the stage's runner and `remix` read them."""
     sample_rate_hz: int
+    device: str = "cpu"
+    """Where `reference` computes, if torch does it: `cpu` or `cuda`."""
 
     @abstractmethod
     def reference(self, inputs: Tensors) -> Arrays:

@@ -90,8 +90,9 @@ class Fcpe(Original):
     @torch.no_grad()
     def reference(self, inputs: Tensors) -> Arrays:
         """The package's own call: 0 Hz where it is not sure; one frame more than there are hops."""
-        samples = torch.from_numpy(inputs["samples"])[:, :, None]
-        return {"f0_hz": self._original(samples, SAMPLE_RATE_HZ)[:, :-1, 0].numpy()}
+        samples = torch.from_numpy(inputs["samples"])[:, :, None].to(self.device)
+        f0_hz = self._original.to(self.device)(samples, SAMPLE_RATE_HZ)[:, :-1, 0]
+        return {"f0_hz": f0_hz.cpu().numpy()}
 
     def served(self, model: Any, inputs: Tensors) -> Arrays:
         """F0 where the confidence is what the original asks for."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from export.artefact import record, specs
@@ -26,9 +27,10 @@ from export.compare import (
 from export.exporter import Original
 from export.serve import ServedCall
 from export.time_calls import Side, Timing, cores, peak_mb, time_in_turn
-from remix.errors import RemixError
+from export.variants import reduce_precision
+from remix.errors import InvalidModel, RemixError
 from remix.manifest import TORCHSCRIPT_SUFFIX, ModelEntry, ModelFile, sha256_of
-from remix.settings import Settings
+from remix.settings import Device, Settings
 
 BATCHES = (1, 2, 4, 8)
 
@@ -42,6 +44,13 @@ variant is worth keeping if it takes less than this of what the graph in fp32 ta
 ORIGINAL = "torch eager"
 ONNX = "onnx"
 OPENVINO = "openvino"
+TORCHSCRIPT = "torchscript"
+
+SERVABLE = {"cpu": (ONNX, OPENVINO), "cuda": (ONNX, TORCHSCRIPT)}
+"""What an export may choose by itself on a device: on a CPU nothing that needs torch."""
+
+PRECISIONS_ON = {"cpu": ("int8", "fp16"), "cuda": ("fp16",)}
+"""What is compared on a device beside fp32."""
 
 Watch = Callable[[str, float], None]
 
@@ -52,15 +61,15 @@ class Variant:
 
     Args:
         name: of the back end, and the precision where it is not fp32.
-        entry: a manifest entry that runs it on the CPU.
+        entry: a manifest entry that runs it on the device.
         bounds: of its difference from the original.
-        is_for_gpus: it is compared here, and not timed: a CPU computes it in float32 by detours.
+        is_timed: fp16 on a CPU is not, which computes it in float32 by detours.
     """
 
     name: str
     entry: ModelEntry
     bounds: Bounds
-    is_for_gpus: bool = False
+    is_timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Made:
         checkpoint: it was loaded from here.
         entry: of the manifest.
         models_dir: where its files are.
+        device: on which it is compared and timed.
     """
 
     original: Original
@@ -80,24 +90,46 @@ class Made:
     checkpoint: Path
     entry: ModelEntry
     models_dir: Path
+    device: Device = "cpu"
+
+
+def measured(made: Made, folder: Path, watch: Watch) -> dict[str, Any]:
+    """The report, of every precision that could be made."""
+    files = {}
+    failed = {}
+    graph = made.models_dir / made.entry.files[0].path
+    for index, precision in enumerate(PRECISIONS_ON[made.device]):
+        watch(f"making {precision}", 0.06 + 0.02 * index)
+        path = graph.with_name(f"{graph.stem}.{precision}.onnx")
+        try:
+            reduce_precision(precision, graph, path, made.original)
+            files[precision] = path
+        except InvalidModel as error:
+            failed[f"onnx {precision}"] = str(error)
+    try:
+        found = report(made, variants_of(made, files), folder, watch)
+    finally:
+        for path in files.values():
+            path.unlink()
+    return {**found, "not_run": {**found["not_run"], **failed}}
 
 
 def variants_of(made: Made, files: Mapping[str, Path]) -> list[Variant]:
-    """The graph in ONNX Runtime and in OpenVINO, the archive, and the files of other precisions."""
-    entry = made.entry
-    variants = [
-        Variant(ONNX, replace(entry, backend={"cpu": ONNX}), FP32),
-        Variant(OPENVINO, replace(entry, backend={"cpu": "openvino"}), REDUCED),
-    ]
+    """The graph in ONNX Runtime and OpenVINO, the archive, and the files of other precisions.
+
+    A GPU is held to the bound of reduced precision: since Ampere it multiplies in TF32.
+    """
+    entry, device = made.entry, made.device
+    fp32 = FP32 if device == "cpu" else REDUCED
+    variants = [Variant(ONNX, replace(entry, backend={device: ONNX}), fp32)]
+    if device == "cpu":
+        variants.append(Variant(OPENVINO, replace(entry, backend={device: OPENVINO}), REDUCED))
     if any(file.path.endswith(TORCHSCRIPT_SUFFIX) for file in entry.files):
-        variants.append(
-            Variant("torchscript", replace(entry, backend={"cpu": "torchscript"}), FP32)
-        )
+        variants.append(Variant(TORCHSCRIPT, replace(entry, backend={device: TORCHSCRIPT}), fp32))
     for precision, path in files.items():
-        name, is_for_gpus = f"{ONNX} {precision}", precision == "fp16"
-        variants.append(
-            Variant(name, with_file(entry, made.models_dir, path), REDUCED, is_for_gpus)
-        )
+        other = replace(with_file(entry, made.models_dir, path), backend={device: ONNX})
+        is_timed = device == "cuda" or precision != "fp16"
+        variants.append(Variant(f"{ONNX} {precision}", other, REDUCED, is_timed))
     return variants
 
 
@@ -143,20 +175,15 @@ def report(made: Made, variants: list[Variant], folder: Path, watch: Watch) -> d
     weights = made.original.weights()
     wrong = wrong_arrays(weights, initializers(graph))
     kept = [variant for variant in variants if variant.name in parity]
-    here = [variant for variant in kept if not variant.is_for_gpus]
+    here = [variant for variant in kept if variant.is_timed]
     speed = measure(made, here, folder, watch)
     return {
         "model": made.entry.name,
         "architecture": made.architecture,
         "weights": made.entry.weights,
         "parameters": sum(array.size for array in weights.values()),
-        "machine": machine(),
-        "bytes": {
-            variant.name: (made.models_dir / variant.entry.graph_file(_backend(variant)).path)
-            .stat()
-            .st_size
-            for variant in variants
-        },
+        "machine": machine(made.device),
+        "bytes": {variant.name: _file_of(variant, made).stat().st_size for variant in variants},
         "parity": {
             variant.name: {
                 "holds": not any(
@@ -171,7 +198,7 @@ def report(made: Made, variants: list[Variant], folder: Path, watch: Watch) -> d
         "speed": speed,
         "not_run": problems,
         "peak_mb_of_comparing": round(peak_mb()),
-        "chosen": choose(here, parity, made.original, speed),
+        "chosen": choose(here, parity, made, speed),
     }
 
 
@@ -185,7 +212,15 @@ def measure(
         inputs = folder / f"inputs-{batch}.npz"
         np.savez(inputs, allow_pickle=False, **dict(made.original.speed_inputs(batch)))
         sides = [
-            Side(ORIGINAL, str(inputs), "", made.architecture, str(made.checkpoint), cores()),
+            Side(
+                ORIGINAL,
+                str(inputs),
+                "",
+                made.architecture,
+                str(made.checkpoint),
+                cores(),
+                device=made.device,
+            ),
             *(
                 Side(
                     variant.name,
@@ -194,6 +229,7 @@ def measure(
                     made.entry.name,
                     str(made.models_dir),
                     cores(),
+                    device=made.device,
                 )
                 for variant in variants
             ),
@@ -223,23 +259,23 @@ def manifest_of(variant: Variant, folder: Path) -> Path:
 def choose(
     variants: list[Variant],
     parity: Mapping[str, list[Difference]],
-    original: Original,
+    made: Made,
     speed: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The fastest variant that holds its bounds, and the batch size that is worth making."""
 
     def row_s(name: str, batch: int) -> float:
-        timing = Timing(**speed[str(batch)][name])
+        timing = Timing(**speed[str(batch)].get(name, {"problem": "not run"}))
         return float("inf") if timing.problem else timing.median_s / batch
 
     holding = {
         variant.name: variant
         for variant in variants
-        if not any(f.breaks(variant.bounds, f.output in original.waveforms)
+        if not any(f.breaks(variant.bounds, f.output in made.original.waveforms)
                    for f in parity[variant.name])
     }  # fmt: skip
-    # What would need torch in a serving image, or another file, is for people to choose.
-    servable = [name for name in holding if name in (ONNX, OPENVINO)]
+    # Another file is for people to choose.
+    servable = [name for name in holding if name in SERVABLE[made.device]]
     best = min(servable, key=lambda name: row_s(name, 1), default=ONNX)
     if ONNX in holding and row_s(best, 1) > WORTH * row_s(ONNX, 1):
         best = ONNX
@@ -248,7 +284,7 @@ def choose(
         if row_s(best, batch) < WORTH * row_s(best, worth):
             worth = batch
     return {
-        "device": "cpu",
+        "device": made.device,
         "variant": best,
         "max_batch": worth,
         "times_as_fast_as_the_original": round(row_s(ORIGINAL, 1) / row_s(best, 1), 2),
@@ -258,10 +294,31 @@ def choose(
     }
 
 
-def machine() -> dict[str, Any]:
+def is_wrong(found: dict[str, Any]) -> bool:
+    """Whether a report says that the artefact is not its checkpoint's."""
+    names = {ONNX, found["chosen"]["variant"]} & set(found["parity"])
+    holds = bool(names) and all(found["parity"][name]["holds"] for name in names)
+    return bool(found["arrays_that_differ_from_the_checkpoint"]) or not holds
+
+
+def require(device: Device) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InvalidModel: there is no GPU that torch could use.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidModel(
+            f"The device cuda needs a GPU, and torch {torch.__version__} finds none: install a "
+            "torch with CUDA on a machine with a GPU, or give --device cpu."
+        )
+
+
+def machine(device: Device = "cpu") -> dict[str, Any]:
     """Where the figures are from."""
     packages = ("torch", "onnxruntime", "openvino", "numpy")
     return {
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "processor": _processor(),
         "cores": cores(),
         "load": round(os.getloadavg()[0], 1),
@@ -296,9 +353,9 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _backend(variant: Variant) -> str:
-    return variant.entry.backend["cpu"]
+def _file_of(variant: Variant, made: Made) -> Path:
+    return made.models_dir / variant.entry.graph_file(variant.entry.backend[made.device]).path
 
 
 def _settings(made: Made, threads: int) -> Settings:
-    return Settings(made.models_dir, made.models_dir, threads=threads)
+    return Settings(made.models_dir, made.models_dir, threads=threads, device=made.device)

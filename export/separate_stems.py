@@ -129,12 +129,14 @@ class Demucs(Original):
             model = BagOfModels([*self.models], matrix)
         if "mixture" in inputs:
             mixture = torch.from_numpy(inputs["mixture"])
-            return {"stems": apply_model(model, mixture, shifts=0, split=False).numpy()}
+            stems = apply_model(model, mixture, shifts=0, split=False, device=self.device)
+            return {"stems": stems.cpu().numpy()}
         mixture = torch.from_numpy(inputs["song"])
         reference = mixture.mean(1)
         mean, deviation = reference.mean(), reference.std() + 1e-8
-        stems = apply_model(model, (mixture - mean) / deviation, shifts=0, overlap=OVERLAP)
-        return {"stems": (stems * deviation + mean).numpy()}
+        normal = (mixture - mean) / deviation
+        stems = apply_model(model, normal, shifts=0, overlap=OVERLAP, device=self.device)
+        return {"stems": (stems.cpu() * deviation + mean).numpy()}
 
     def onnx(self) -> onnx.ModelProto:
         """{"mixture", "spectra"} -> {"spectra_stems", "wave_stems"}, see `HTDemucsGraph`."""

@@ -84,7 +84,7 @@ class SoVits(Original):
 
     def reference(self, inputs: Tensors) -> Arrays:
         """See `infer`."""
-        return {"audio": infer(self.net, inputs)}
+        return {"audio": infer(self.net.to(self.device), inputs, self.device)}
 
     def onnx(self) -> onnx.ModelProto:
         """See `export_voice`."""
@@ -205,16 +205,21 @@ def voice_inputs(voice: ServedVoice, sung: Melody) -> dict[str, NDArray[Any]]:
 
 
 @torch.no_grad()
-def infer(net: Any, inputs: Tensors) -> NDArray[np.float32]:
-    """`SynthesizerTrn.infer`; it draws what `voice_inputs` drew: [B, T]."""
+def infer(net: Any, inputs: Tensors, device: str = "cpu") -> NDArray[np.float32]:
+    """`SynthesizerTrn.infer`; on a CPU it draws what `voice_inputs` drew: [B, T]."""
     torch.manual_seed(inputs["f0_hz"].shape[1])
-    audio: NDArray[np.float32] = net.infer(
-        torch.from_numpy(inputs["content"]).transpose(1, 2),
-        torch.from_numpy(inputs["f0_hz"]).clone(),
-        torch.from_numpy(inputs["voiced"]),
-        g=torch.from_numpy(inputs["speaker"]),
-        noice_scale=NOISE_SCALE,
-    )[:, 0].numpy()
+    given = {name: tensor.to(device) for name, tensor in as_tensors(inputs).items()}
+    audio: NDArray[np.float32] = (
+        net.infer(
+            given["content"].transpose(1, 2),
+            given["f0_hz"].clone(),
+            given["voiced"],
+            g=given["speaker"],
+            noice_scale=NOISE_SCALE,
+        )[:, 0]
+        .cpu()
+        .numpy()
+    )
     return audio
 
 

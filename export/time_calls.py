@@ -27,7 +27,7 @@ import numpy as np
 from export.serve import ServedCall
 from remix.errors import RemixError
 from remix.manifest import MANIFEST_PATH, read_manifest
-from remix.settings import Settings
+from remix.settings import Device, Settings
 from remix.stages import Tensors
 from runners.runner import QUIET_MALLOC
 
@@ -44,6 +44,7 @@ class Side:
         models: the models folder; of the original: its checkpoint.
         threads: of one model call.
         rows: of a batch, of what serves; 0 to compute all in one call.
+        device: that computes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Side:
     models: str
     threads: int
     rows: int = 0
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -181,14 +183,17 @@ def _call_of(side: Side) -> Callable[[Tensors], Mapping[str, Any]]:
     if side.manifest:
         entry = read_manifest(Path(side.manifest))[side.entry]
         models = Path(side.models)
-        served = ServedCall(entry, Settings(models, models, threads=side.threads))
+        settings = Settings(models, models, threads=side.threads, device=side.device)
+        served = ServedCall(entry, settings)
         return partial(served.in_batches, rows=side.rows) if side.rows else served
     import torch  # the originals', and nobody's who serves
 
     from export.architectures import architecture_of
 
     torch.set_num_threads(side.threads)
-    return architecture_of(side.entry).load(Path(side.models)).reference
+    original = architecture_of(side.entry).load(Path(side.models))
+    original.device = side.device
+    return original.reference
 
 
 def peak_mb() -> float:

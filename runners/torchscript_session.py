@@ -54,6 +54,7 @@ class TorchScriptSession:
         self.inputs, self.outputs = file.inputs, file.outputs
         self._input_names: list[str] = json.loads(self.facts["inputs"])
         self._output_names: list[str] = json.loads(self.facts["outputs"])
+        compute_on(module, settings.device)
         self._torch, self._module, self._device = torch, module.eval(), settings.device
         torch.set_num_threads(settings.threads)
 
@@ -71,3 +72,16 @@ class TorchScriptSession:
             name: result.float().cpu().numpy()
             for name, result in zip(self._output_names, results, strict=True)
         }
+
+
+def compute_on(module: Any, device: str) -> None:
+    """Have a traced module make its constants on a device.
+
+    A trace holds the device that it was made on wherever a tensor is made (`arange`), and
+    `torch.jit.load` moves parameters only. Source of the remedy: openai/CLIP, clip.py, `load`.
+    """
+    for part in module.modules():
+        for name in part._c._method_names():
+            for node in getattr(part, name).graph.findAllNodes("prim::Constant"):
+                if str(node.output().type()) == "Device":
+                    node.s_("value", device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,10 @@ import torch
 import yaml
 from demucs.htdemucs import HTDemucs
 
+from benchmarks.export import main as bench_main
+from export.__main__ import main as export_main
 from export.artefact import Wanted, record, write_artefact
+from export.check import main as check_main
 from export.check import perturb, perturbed_arrays
 from export.compare import FP32, difference, differences, initializers, wrong_arrays
 from export.exporter import Case
@@ -27,10 +31,12 @@ from export.origins import Places, fetch_checkpoint
 from export.separate_stems import Demucs, load_demucs
 from export.serve import ServedCall
 from export.time_calls import Side, time_in_turn
+from export.trace import to_torchscript
 from remix.errors import InvalidModel
 from remix.manifest import MANIFEST_PATH, ModelEntry, read_manifest, sha256_of
 from remix.settings import Settings
 from runners.open_graph import open_graph
+from runners.torchscript_session import compute_on
 from tests.hub_server import serve_hub
 
 SMALL: dict[str, Any] = {
@@ -207,6 +213,7 @@ from remix.errors import InvalidModel
 from remix.manifest import read_manifest
 from remix.settings import Settings
 from runners.open_graph import open_graph
+from runners.torchscript_session import compute_on
 folder = Path({folder!r})
 entry = read_manifest(folder / "models.toml")["small"]
 try:
@@ -288,6 +295,43 @@ def test_silence_is_compared_in_absolute_terms() -> None:
     silence = np.zeros(8, np.float32)
     assert not difference("c", "o", silence, silence).breaks(FP32, True)
     assert difference("c", "o", silence, silence + np.float32(0.01)).breaks(FP32, True)
+
+
+def test_the_whole_check_fails_of_one_weight_that_is_1_percent_wrong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert check_main(["basic-pitch", "--spoil"]) == 1
+    assert "FAILED: basic-pitch" in capsys.readouterr().out
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def test_a_traced_module_makes_its_constants_on_the_device_that_it_is_told() -> None:
+    class Counting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.arange(x.shape[0], device=x.device)
+
+    inputs = {"x": torch.ones(3)}
+    archive = io.BytesIO(to_torchscript(Counting(), inputs, ["y"], {}))
+    module: Any = torch.jit.load(archive, "cpu")  # type: ignore[no-untyped-call]
+    assert 'Device = prim::Constant[value="cpu"]' in str(module.inlined_graph)
+    compute_on(module, "cuda")
+    assert 'Device = prim::Constant[value="cuda"]' in str(module.inlined_graph)
+    assert '[value="cpu"]' not in str(module.inlined_graph)
+    compute_on(module, "cpu")
+    np.testing.assert_array_equal(module(torch.ones(4)), [1, 2, 3, 4])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_report_of_a_gpu_that_is_not_there_is_one_clear_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["mine", "--architecture", "fcpe", "--checkpoint", str(tmp_path)]
+    assert export_main([*arguments, "--device", "cuda"]) == 3
+    assert "needs a GPU" in capsys.readouterr().err
+    assert bench_main(["--device", "cuda"]) == 3
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 # --- bags, and other stems ------------------------------------------------------------------------
