@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -64,6 +65,7 @@ def main() -> int:
     if not arguments.inside:
         isolation.go_inside(sys.argv[1:])
     isolation.prepare()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clear up
     return _run(arguments)
 
 

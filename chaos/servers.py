@@ -7,13 +7,14 @@ first process too is followed by `start`, as systemd or an engine of containers 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,9 @@ COMPOSER = "service:Remix"
 
 LOOPBACK = "127.0.0.1"
 
+PR_SET_PDEATHSIG = 1
+"""Source: prctl(2), Linux."""
+
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
@@ -55,6 +59,18 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind((LOOPBACK, 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """Run in a new process, has it killed when we end without ending it."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # we have ended already
+            os._exit(1)
+
+    return ask
 
 
 def service_of(stage: str) -> str:
@@ -133,6 +149,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with(os.getpid()),
             )
 
     def is_ready(self) -> bool:
