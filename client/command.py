@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.api import DEFAULT_URL, Busy, Client, PhilharmonicsError, Problem, Refused, Unreachable
-from client.export_environment import run_export
+from client.export_environment import run_export, run_tuner
 from client.local_server import StartFailed, local_server, serve_forever
 from client.progress import show_progress
 
@@ -187,6 +187,17 @@ def export(arguments: tuple[str, ...]) -> None:
     """Make a served model of a checkpoint, with a report; needs the export environment."""
     with _errors():
         sys.exit(run_export(list(arguments)))
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def tune(arguments: tuple[str, ...]) -> None:
+    """Measure which batches are worth making here; --write puts them into models.toml."""
+    with _errors():
+        sys.exit(run_tuner(list(arguments)))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -43,3 +43,9 @@ def run_export(arguments: list[str]) -> int:
     """
     command = [export_python(), "-m", "export", *arguments]
     return subprocess.run(command, check=False).returncode
+
+
+def run_tuner(arguments: list[str]) -> int:
+    """Measure batch limits, in this environment: what serves is what is measured; its exit code."""
+    command = [sys.executable, "-m", "export.tune", *arguments]
+    return subprocess.run(command, check=False).returncode

@@ -67,6 +67,7 @@ WITHOUT_TORCH_IN_EXPORT = {
     "read_arrays",
     "read_pickle",
     "serve",
+    "tune",
 }
 """What `make models` runs, in an environment without torch; and what calls the runners' models."""
 
