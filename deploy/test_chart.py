@@ -524,11 +524,12 @@ def test_composer_and_a_runner_run_as_rendered(
     data = tmp_path / "data"
     data.mkdir()
     data.chmod(0o777)  # a node's folder stands for the volumes; podman knows no fsGroup
+    models = shutil.copytree(ROOT / ".models", tmp_path / "models")  # of links, what they name
     values: Object = {
         "image": {"repository": "localhost/philharmonics", "tag": tag, "pullPolicy": "Never"},
         "keys": "off",
         "autoscaling": {"kind": "none"},
-        "models": {"fill": False, "volume": {"hostPath": {"path": str(ROOT / ".models")}}},
+        "models": {"fill": False, "volume": {"hostPath": {"path": str(models)}}},
         "data": {"volume": {"hostPath": {"path": str(data)}}},
     }
 
