@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from demucs.htdemucs import HTDemucs
 
 from benchmarks.export import main as bench_main
 from export.__main__ import main as export_main
+from export.architectures import architecture_of, architectures
 from export.artefact import Wanted, record, write_artefact
 from export.check import main as check_main
 from export.check import perturb, perturbed_arrays
@@ -30,6 +32,7 @@ from export.exporter import Case
 from export.origins import Places, fetch_checkpoint
 from export.separate_stems import Demucs, load_demucs
 from export.serve import ServedCall
+from export.so_vits_voice import TEMPLATES
 from export.time_calls import Side, time_in_turn
 from export.trace import to_torchscript
 from remix.errors import InvalidModel
@@ -140,6 +143,30 @@ def test_export_refuses_a_bad_checkpoint_and_executes_nothing(
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "executed").exists()
     assert manifest.read_text() == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # so-vits-svc-fork
+@pytest.mark.parametrize("name", sorted(architectures()))
+def test_no_architecture_takes_a_checkpoint_that_is_cut_short_foreign_or_code(
+    name: str, tmp_path: Path
+) -> None:
+    if name in TEMPLATES:  # a voice is read by what lies beside it
+        template = f"preprocessing/config_templates/{TEMPLATES[name]}.json"
+        config = importlib.resources.files("so_vits_svc_fork").joinpath(template).read_text()
+        (tmp_path / "config.json").write_text(config)
+    path = tmp_path / "G_0.pth"
+    contents: dict[str, dict[str, Any]] = {
+        "foreign": {"model": {"stranger": torch.ones(3)}},
+        "code": {"model": {}, "extra": Planted(f"touch {tmp_path / 'executed'}")},
+    }
+    for content in contents.values():
+        torch.save(content, path)
+        with pytest.raises(InvalidModel):
+            architecture_of(name).load(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InvalidModel):
+        architecture_of(name).load(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_the_malicious_checkpoint_would_have_executed(tmp_path: Path) -> None:
