@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -24,7 +25,7 @@ from demucs.htdemucs import HTDemucs
 from benchmarks.export import main as bench_main
 from export.__main__ import main as export_main
 from export.architectures import architecture_of, architectures
-from export.artefact import Wanted, record, write_artefact
+from export.artefact import Wanted, record, specs, write_artefact
 from export.check import main as check_main
 from export.check import perturb, perturbed_arrays
 from export.compare import FP32, difference, differences, initializers, wrong_arrays
@@ -34,9 +35,9 @@ from export.separate_stems import Demucs, load_demucs
 from export.serve import ServedCall
 from export.so_vits_voice import TEMPLATES
 from export.time_calls import Side, time_in_turn
-from export.trace import to_torchscript
+from export.trace import OPSET, to_torchscript
 from remix.errors import InvalidModel
-from remix.manifest import MANIFEST_PATH, ModelEntry, read_manifest, sha256_of
+from remix.manifest import MANIFEST_PATH, ModelEntry, ModelFile, read_manifest, sha256_of
 from remix.settings import Settings
 from runners.open_graph import open_graph
 from runners.torchscript_session import compute_on
@@ -230,6 +231,29 @@ def test_a_model_without_an_archive_cannot_be_torchscript(
     entry, settings = written
     with pytest.raises(InvalidModel, match="--to torchscript"):
         open_graph(replace(entry, files=entry.files[:1], backend={"cpu": "torchscript"}), settings)
+
+
+def test_a_graph_that_openvino_cannot_compute_is_an_error_of_ours(tmp_path: Path) -> None:
+    """FCPE's is one: OpenVINO 2026.4 takes it, and fails at the first call."""
+    value, real = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    nodes = [onnx.helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    shape = onnx.numpy_helper.from_array(np.array([3]), "shape")
+    graph = onnx.helper.make_graph(
+        nodes, "three", [value("x", real, ["N"])], [value("y", real, [3])], [shape]
+    )
+    opset = [onnx.helper.make_opsetid("", OPSET)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "t.onnx")
+    file = ModelFile("t.onnx", sha256_of(tmp_path / "t.onnx"), specs(list(graph.input)),
+                     specs(list(graph.output)))  # fmt: skip
+    entry = ModelEntry(
+        name="three", stage="convert_voice", rank=0, weights="random", licence="", source="",
+        quality="", sample_rate_hz=0, max_batch={"cpu": 1}, files=(file,),
+        backend={"cpu": "openvino"},
+    )  # fmt: skip
+    session = open_graph(entry, Settings(tmp_path, tmp_path))
+    assert session({"x": np.ones(3, np.float32)})["y"].tolist() == [1, 1, 1]
+    with pytest.raises(InvalidModel, match="cannot be computed by OpenVINO"):
+        session({"x": np.ones(4, np.float32)})
 
 
 BLOCKED = """
