@@ -48,7 +48,9 @@ WORTH = 0.95
 """The exporter's measure too (`export/report.py`)."""
 
 HOPELESS = 1.3
-"""Of the time of a window by itself: what takes more is not tried again, nor larger batches."""
+"""Of the time of a window by itself: what takes more, and takes it twice, is not tried again."""
+
+TWICE = 2
 
 LONGEST_S = 20.0
 """Of a batch: a cancelled song's compute ends with its batch."""
@@ -127,16 +129,19 @@ def time_batches(
     """
     work = {rows: batches_of(windows, rows, workers) for rows in BATCHES}
     times: dict[int, list[float]] = {rows: [] for rows in BATCHES}
+    slow = Counter[int]()
     with ThreadPoolExecutor(workers) as threads:
-        for _ in range(rounds + 1):  # the first counts for nothing but who is hopeless
+        for _ in range(rounds + 1):  # the first counts for nothing
             for rows in list(work):
                 start_s = time.perf_counter()
                 list(threads.map(compute, work[rows]))
                 batch_s = time.perf_counter() - start_s
                 times[rows].append(batch_s / (workers * rows))
                 if times[rows][-1] > HOPELESS * times[1][-1] or batch_s > LONGEST_S:
-                    for larger in [size for size in work if size >= rows > 1]:
-                        del work[larger]
+                    slow[rows] += 1
+                    if slow[rows] == TWICE:
+                        for larger in [size for size in work if size >= rows > 1]:
+                            del work[larger]
                     break
     return {rows: statistics.median(times[rows][1:]) for rows in work if times[rows][1:]}
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 from numpy.typing import NDArray
@@ -125,6 +125,9 @@ class Runners:
         for stage in STAGES:
             AWAY.labels(stage).set(True)  # as long as none has answered
         self._row_s: dict[str, float] = {}
+        for stage in STAGES:
+            for trouble in get_args(Trouble):
+                RETRIES.labels(stage, trouble)
 
     async def close(self) -> None:
         """Close the channels."""

@@ -35,7 +35,7 @@ def test_limit_is_the_batch_that_a_model_gains_from(
     assert worth_making(window_s) == limit
 
 
-def test_batch_that_costs_more_is_not_tried_again() -> None:
+def test_batch_that_costs_more_twice_is_not_tried_again() -> None:
     seen: list[int] = []
 
     def compute(inputs: Tensors) -> None:
@@ -45,7 +45,7 @@ def test_batch_that_costs_more_is_not_tried_again() -> None:
 
     assert worth_making(time_batches(compute, WINDOWS, workers=1, rounds=3)) == 1
     assert set(seen) == {1, 2}
-    assert seen.count(2) == 1
+    assert seen.count(2) == 2
 
 
 def test_batches_hold_windows_that_can_share_one_in_their_order() -> None:
