@@ -34,7 +34,7 @@ from remix.manifest import (
     sha256_of,
 )
 from remix.settings import read_settings
-from remix.stages import STAGES
+from remix.stages import STAGES, Stage
 
 
 @dataclass
@@ -172,12 +172,14 @@ def _only_one(models_dir: Path) -> Iterator[None]:
 
 def explain(manifest: Manifest, models_dir: Path, report: Report) -> Iterator[str]:
     """Say in lines what is there, what is not, and why."""
+    left_out: dict[tuple[Stage, str], list[str]] = {}
     for name, reason in report.left_out.items():
-        stage = manifest[name].stage
+        if manifest[name].weights != "random":  # of use to measurements only, which say so
+            left_out.setdefault((manifest[name].stage, reason), []).append(name)
+    for (stage, reason), names in left_out.items():
         others = [e.name for e in installed(manifest, stage, models_dir)]
         instead = f"{stage} is served by {others[0]}" if others else f"{stage} has no model"
-        kind = " (random weights, for measurements)" if manifest[name].weights == "random" else ""
-        yield f"left out: {name}{kind}: {reason.rstrip('.')}; {instead}."
+        yield f"left out: {', '.join(names)}: {reason.rstrip('.')}; {instead}."
     for name, reason in report.failed.items():
         yield f"FAILED: {name}: {reason}"
     for stage in STAGES:

@@ -72,18 +72,20 @@ def recipe_of(entry: ModelEntry, file: ModelFile) -> Recipe:
         InvalidModel: the manifest does not say, or names a kind that is unknown.
     """
     recipe = entry.origin if "kind" in entry.origin else entry.origin.get(file.path, {})
-    if recipe.get("kind") not in MAKERS:
+    if recipe.get("kind") not in KINDS:
         raise InvalidModel(
             f"Entry {entry.name} of the manifest has an origin of kind {recipe.get('kind')!r} for "
-            f"{file.path}; it must be one of {', '.join(MAKERS)}."
+            f"{file.path}; it must be one of {', '.join(KINDS)}."
         )
     return recipe
 
 
 def require_what_it_needs(recipe: Recipe, places: Places) -> None:
-    """Leave a model out that needs a hub or torch where there is none."""
+    """Leave a model out that needs a hub, torch or a checkpoint where there is none."""
     if recipe["kind"] == "hub" and (problem := _hub_problem(places.hub_url)):
         raise LeftOut(problem)
+    if recipe["kind"] == "checkpoint":
+        raise LeftOut("`philharmonics export NAME --checkpoint PATH` makes it")
     needs_torch = recipe["kind"] == "export" or "export" in recipe
     if needs_torch and importlib.util.find_spec("torch") is None:
         raise LeftOut("making it needs torch, which is in .venv-dev (`make test` installs it)")
@@ -182,13 +184,6 @@ def _from_exporter(
     _run_exporter(entry, made, places, [])
 
 
-def _from_its_owner(
-    entry: ModelEntry, recipe: Recipe, places: Places, made: Path, watch: Callable[..., None]
-) -> None:
-    what = "" if entry.weights == "random" else " --checkpoint PATH"
-    raise LeftOut(f"`philharmonics export {entry.name}{what}` makes it")
-
-
 def _fill(graph_path: Path, sources: Mapping[str, bytes], made: Path) -> None:
     from export.fill_weights import fill  # onnx: 0.2 s that a no-op does not need
     from export.read_arrays import read_arrays
@@ -240,5 +235,6 @@ MAKERS = {
     "apt": _from_apt,
     "hub": _from_hub,
     "export": _from_exporter,
-    "checkpoint": _from_its_owner,
 }
+
+KINDS = (*MAKERS, "checkpoint")

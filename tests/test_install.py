@@ -28,7 +28,7 @@ import safetensors.torch
 import tomli_w
 
 from export.fill_weights import empty, fill
-from export.origins import MAKERS, recipe_of
+from export.origins import KINDS, recipe_of
 from remix.errors import InvalidModel
 from remix.manifest import read_manifest
 from remix.stages import STAGES
@@ -404,7 +404,7 @@ def test_every_entry_of_the_manifest_has_an_origin_for_every_file() -> None:
     for entry in read_manifest().values():
         for file in entry.files:
             recipe = recipe_of(entry, file)
-            assert recipe["kind"] in MAKERS
+            assert recipe["kind"] in KINDS
             for key in ("graph", "path"):
                 if key in recipe and recipe["kind"] != "apt":
                     assert (ROOT / recipe[key]).is_file(), f"{entry.name}: {recipe[key]}"
