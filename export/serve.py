@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remix.audio import Audio
+from remix.errors import ModelFailed
 from remix.manifest import ModelEntry
 from remix.separate_stems import Separator, join_chunks, separate_stems
 from remix.settings import Settings
@@ -38,9 +39,13 @@ class ServedCall:
         self.model: Any = (served_model if separates else open_graph)(entry, settings)
 
     def __call__(self, inputs: Tensors) -> Arrays:
-        """Compute a batch; of {"song": [1, 2, T]}, T free, the stems of the whole song."""
+        """Compute a batch; of {"song": [1, 2, T]}, T free, the stems of the whole song.
+
+        Raises:
+            ModelFailed: the runtime loaded the graph and cannot compute it.
+        """
         if "song" not in inputs:
-            return dict(self.model(inputs))
+            return self._compute(inputs)
         return {"stems": asyncio.run(self._separate(inputs["song"][0]))[None]}
 
     def in_batches(self, inputs: Tensors, rows: int) -> Arrays:
@@ -54,13 +59,21 @@ class ServedCall:
             results = list(workers.map(self, pieces))
         return {name: np.concatenate([each[name] for each in results]) for name in results[0]}
 
+    def _compute(self, inputs: Tensors) -> Arrays:
+        try:
+            return dict(self.model(inputs))
+        except Exception as error:  # the runtimes' exceptions share no public base
+            raise ModelFailed(
+                f"{self._entry.name} broke in {self._entry.backend.get('cpu', 'onnx')}: "
+                f"{str(error).strip():.500}"
+            ) from error
+
     async def _separate(self, song: NDArray[np.float32]) -> NDArray[np.float32]:
         workers = asyncio.Semaphore(Runner.workers)  # as the runner computes
 
         async def infer(model: str, inputs: Tensors) -> Arrays:
             async with workers:
-                result: Arrays = await asyncio.to_thread(self.model, inputs)
-                return result
+                return await asyncio.to_thread(self._compute, inputs)
 
         separator = Separator.of(self._entry)
         mixture = Audio(song, self._entry.sample_rate_hz)

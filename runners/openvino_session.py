@@ -82,20 +82,9 @@ class OpenVinoSession:
         check_signature(path, "output", self.outputs, file.outputs)
         self._requests = [part.create_infer_request() for part in self._parts]
         self._turn = Lock()
-        self._path = path
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Run the graph: named arrays in, named arrays out.
-
-        Raises:
-            InvalidModel: OpenVINO finds, only now, that it cannot compute the graph.
-        """
-        try:
-            return self._run(inputs)
-        except RuntimeError as error:
-            raise InvalidModel(f"{self._path} cannot be computed by OpenVINO: {error}") from error
-
-    def _run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the graph: named arrays in, named arrays out."""
         values = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         with self._turn:
             for part, request in zip(self._parts, self._requests, strict=True):

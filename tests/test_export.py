@@ -36,7 +36,7 @@ from export.serve import ServedCall
 from export.so_vits_voice import TEMPLATES
 from export.time_calls import Side, time_in_turn
 from export.trace import OPSET, to_torchscript
-from remix.errors import InvalidModel
+from remix.errors import InvalidModel, ModelFailed
 from remix.manifest import MANIFEST_PATH, ModelEntry, ModelFile, read_manifest, sha256_of
 from remix.settings import Settings
 from runners.open_graph import open_graph
@@ -250,17 +250,17 @@ def test_a_graph_that_openvino_cannot_compute_is_an_error_of_ours(tmp_path: Path
         quality="", sample_rate_hz=0, max_batch={"cpu": 1}, files=(file,),
         backend={"cpu": "openvino"},
     )  # fmt: skip
-    session = open_graph(entry, Settings(tmp_path, tmp_path))
-    assert session({"x": np.ones(3, np.float32)})["y"].tolist() == [1, 1, 1]
-    with pytest.raises(InvalidModel, match="cannot be computed by OpenVINO"):
-        session({"x": np.ones(4, np.float32)})
+    served = ServedCall(entry, Settings(tmp_path, tmp_path))
+    assert served({"x": np.ones(3, np.float32)})["y"].tolist() == [1, 1, 1]
+    with pytest.raises(ModelFailed, match="three broke in openvino"):
+        served({"x": np.ones(4, np.float32)})
 
 
 BLOCKED = """
 import sys
 sys.modules["{module}"] = None  # as if it were not installed
 from pathlib import Path
-from remix.errors import InvalidModel
+from remix.errors import InvalidModel, ModelFailed
 from remix.manifest import read_manifest
 from remix.settings import Settings
 from runners.open_graph import open_graph
