@@ -239,6 +239,66 @@ class Client:
         """Notes (MIDI file or JSON) -> their sound."""
         return self._bytes("/v1/synthesize", "notes", notes, options, media_type)
 
+    def submit(
+        self, song: Song, options: Mapping[str, Any] | None = None, *, job_id: str | None = None
+    ) -> dict[str, Any]:
+        """Hand a song over as a job, which is kept and carried out whoever waits for it.
+
+        Args:
+            song: an audio file, by path or open.
+            options: see the server's /docs.
+            job_id: of your own choice; sent again, it names the same job.
+
+        Returns:
+            The job, as `GET /v1/jobs/ID` tells it.
+
+        Raises:
+            Refused: with status 409 where `job_id` stands for another song or other options.
+            Busy, Failed, Unreachable.
+        """
+        path = "/v1/jobs" if job_id is None else _job(job_id)
+        method = "POST" if job_id is None else "PUT"
+        with self._send(method, path, "song", song, options, "application/json") as answer:
+            return _facts(answer)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """State, progress by stage, place in the queue, files."""
+        with self._open("GET", _job(job_id)) as answer:
+            return _facts(answer)
+
+    def jobs(self, state: str | None = None) -> Iterator[dict[str, Any]]:
+        """Your jobs, the newest first; all, or those of one state."""
+        asked: dict[str, str] = {"state": state} if state else {}
+        while True:
+            with self._open("GET", "/v1/jobs", params=asked) as answer:
+                page = _facts(answer)
+            yield from page["jobs"]
+            if not page["next_page_token"]:
+                return
+            asked["page_token"] = page["next_page_token"]
+
+    def watch(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """A job's events from its first, until it has ended: `progress`, and `state`."""
+        with self._open("GET", f"{_job(job_id)}/events") as answer:
+            yield from _server_sent(answer.iter_lines())
+
+    def hear(self, job_id: str) -> Iterator[bytes]:
+        """A job's remix, WAV, each part as soon as it is final."""
+        with self._open("GET", f"{_job(job_id)}/audio") as answer:
+            yield from answer.iter_bytes()
+
+    def fetch(self, job_id: str, name: str, path: Path | str) -> None:
+        """Write a file of a job, such as `remix.wav` or `stems/vocals.wav`."""
+        address = f"{_job(job_id)}/artifacts/{quote_path(name)}"
+        with self._open("GET", address) as answer, Path(path).open("wb") as file:
+            for chunk in answer.iter_bytes(1 << 16):
+                file.write(chunk)
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """End a job; its compute ends within a window."""
+        with self._open("DELETE", _job(job_id)) as answer:
+            return _facts(answer)
+
     def voices(self) -> list[dict[str, Any]]:
         """The voices that can sing."""
         return self._list("/v1/voices", "voices")
@@ -250,8 +310,7 @@ class Client:
     def quote(self, duration_s: float) -> dict[str, Any]:
         """What a song of this length would cost, and when it would be done, were it sent now."""
         with self._open("POST", "/v1/quote", json={"duration_s": duration_s}) as answer:
-            facts: dict[str, Any] = json.loads(answer.read())
-        return facts
+            return _facts(answer)
 
     def keys(self) -> list[dict[str, Any]]:
         """The API keys, without the keys themselves; for a key of the scope `admin`."""
@@ -261,8 +320,7 @@ class Client:
         """A new API key; the key itself is the member `key`, and nowhere else."""
         body = {"name": name, "scopes": list(scopes), **quotas}
         with self._open("POST", "/v1/keys", json=body) as answer:
-            facts: dict[str, Any] = json.loads(answer.read())
-        return facts
+            return _facts(answer)
 
     def revoke_key(self, key_id: str) -> None:
         """Make an API key invalid, for good."""
@@ -280,7 +338,7 @@ class Client:
 
     def _list(self, path: str, member: str) -> list[dict[str, Any]]:
         with self._open("GET", path) as answer:
-            rows: list[dict[str, Any]] = json.loads(answer.read())[member]
+            rows: list[dict[str, Any]] = _facts(answer)[member]
         return rows
 
     def _bytes(
@@ -306,15 +364,32 @@ class Client:
         on_progress: OnProgress | None = None,
     ) -> Iterator[httpx.Response]:
         request_id = uuid.uuid4().hex
-        # W3C Trace Context: the request's id is that of its trace too.
+        with (
+            self._watch(request_id, on_progress),
+            self._send("POST", path, part, file, options, accept, request_id) as answer,
+        ):
+            yield answer
+
+    @contextmanager
+    def _send(
+        self,
+        method: str,
+        path: str,
+        part: str,
+        file: Song,
+        options: Mapping[str, Any] | None,
+        accept: str,
+        request_id: str = "",
+    ) -> Iterator[httpx.Response]:
+        """Upload a file. The request's id is that of its trace too (W3C Trace Context)."""
+        request_id = request_id or uuid.uuid4().hex
         traceparent = f"00-{request_id}-{secrets.token_hex(8)}-01"
         headers = {"Accept": accept, "X-Request-Id": request_id, "traceparent": traceparent}
         data = {"options": json.dumps(dict(options))} if options else {}
         with (
             _opened(file) as (name, stream),
-            self._watch(headers["X-Request-Id"], on_progress),
             self._open(
-                "POST", path, headers=headers, data=data, files={part: (name, stream)}
+                method, path, headers=headers, data=data, files={part: (name, stream)}
             ) as answer,
         ):
             yield answer
@@ -361,6 +436,15 @@ def _opened(file: Song) -> Iterator[tuple[str, BinaryIO]]:
             yield path.name, stream
     else:
         yield Path(getattr(file, "name", "upload")).name, file
+
+
+def _job(job_id: str) -> str:
+    return f"/v1/jobs/{quote_path(job_id, safe='')}"
+
+
+def _facts(answer: httpx.Response) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(answer.read())
+    return facts
 
 
 def _problem(answer: httpx.Response) -> Problem:

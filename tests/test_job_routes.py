@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
+from client.api import Client, Refused
 from http_api.problems import Refusal
 from http_api.ranges import choose_part
 from tests.conftest import SLOW_SEED, ServerProcess
@@ -231,3 +234,27 @@ def test_song_that_is_none_is_refused_before_it_is_a_job(http: httpx.Client) -> 
     assert answer.status_code == 422
     assert answer.json()["type"] == "urn:philharmonics:problem:invalid-audio"
     assert http.get(path).status_code == 404
+
+
+def test_client_hands_over_watches_hears_fetches_and_cancels(
+    fake_server: ServerProcess, tmp_path: Path
+) -> None:
+    with Client(fake_server.url) as client:
+        mine = f"client-{uuid.uuid4()}"
+        job = client.submit(io.BytesIO(wav()), {"seed": 21}, job_id=mine)
+        assert client.submit(io.BytesIO(wav()), {"seed": 21}, job_id=mine)["id"] == mine
+        with pytest.raises(Refused) as refused:
+            client.submit(io.BytesIO(wav()), {"seed": 22}, job_id=mine)
+        assert refused.value.status == 409
+        assert list(client.watch(mine))[-1] == ("state", {"state": "done"})
+        sound = b"".join(client.hear(mine))
+        client.fetch(mine, "remix.wav", tmp_path / "remix.wav")
+        assert (tmp_path / "remix.wav").read_bytes() == sound
+        assert client.job(mine)["state"] == "done"
+        assert mine in {each["id"] for each in client.jobs("done")}
+        assert mine not in {each["id"] for each in client.jobs("cancelled")}
+        slow = client.submit(io.BytesIO(wav()), {"seed": SLOW_SEED})["id"]
+        assert client.cancel(slow)["state"] == "cancelled"
+        with pytest.raises(Refused, match="There is no job"):
+            client.job("none-such")
+    assert job["id"] == mine
