@@ -44,10 +44,11 @@ def read_metrics(client: Client) -> dict[tuple[str, str], float]:
 
 
 def window_bytes(file: ModelFile) -> int:
-    """What a window is on the wire, there and back; free axes but the batch's count 1."""
+    """What a window is on the wire, there and back, without the tensors whose length varies."""
     return sum(
-        ITEM_BYTES[spec.datatype] * math.prod(abs(size) for size in spec.shape[1:])
+        ITEM_BYTES[spec.datatype] * math.prod(spec.shape[1:])
         for spec in (*file.inputs, *file.outputs)
+        if min(spec.shape[1:], default=1) > 0
     )
 
 

@@ -27,7 +27,7 @@ DOCUMENT = ROOT / "deploy/SIZES.md"
 SONG_S = 210.0
 """A song of three and a half minutes."""
 
-SONGS_PER_HOUR = (10, 100, 1_000, 10_000, 100_000)
+SONGS_PER_HOUR = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 NODE_CORES, NODE_RESERVED_CORES = 16, 1
 """A machine, and what Kubernetes and its agents have of it: a guess."""
@@ -120,6 +120,17 @@ def read_cost(
     )
 
 
+def read_values() -> dict[str, Any]:
+    """The chart's, with the profile `cpu` over them."""
+    chart = ROOT / "deploy/helm"
+    values: dict[str, Any] = yaml.safe_load((chart / "values.yaml").read_text())
+    over = yaml.safe_load((chart / "values-cpu.yaml").read_text())
+    values["composer"] |= over["composer"]
+    for stage, runner in over["runners"].items():
+        values["runners"][stage] |= runner
+    return values
+
+
 def size_for(songs_per_hour: int, cost: Cost, song_s: float = SONG_S) -> Size:
     """How many of what."""
     per_s = songs_per_hour / 3600
@@ -176,10 +187,14 @@ def table(sizes: list[Size]) -> list[str]:
 TEXT = """\
 # Sizes
 
-Made by `python -m deploy.sizes`, do not edit. It counts from `benchmarks/results/song_cost.json`
-(`{command}`, {machine}, load {load}) and
-`jobs/cost_model.json` ({cost_machine}). Models: {models}.
-Measure on your own hardware, with your models, by the first command, and run this again.
+Made by `python -m deploy.sizes`, do not edit. It counts from two measurements:
+
+- `benchmarks/results/song_cost.json`: `{command}`,
+  on {machine}, load {load}, with
+  {models};
+- `jobs/cost_model.json`: {cost_machine}.
+
+On other hardware, or with other models, measure again by the first command, and run this again.
 
 ## What a second of song costs
 
@@ -188,13 +203,14 @@ Measure on your own hardware, with your models, by the first command, and run th
 {costs}
 | all | {total_s:.4f} | | |
 
-Between composer and runners go {wire_mb:.2f} MB for a second of song. The process that decodes the
-upload is not counted: it ends after a fraction of a second.
+Between composer and runners go {wire_mb:.1f} MB for a second of song, without tensors whose length
+varies (of the voice, of notes). The process that decodes the upload is not counted: it ends after a
+fraction of a second.
 
 ## For songs of {song_s:.0f} s
 
-A replica has the chart's cores ({cores}), of which {busy:.0%} may be busy on average; a composer
-works on {max_remixes} songs at once. One song takes {alone_s:.0f} s with two cores to itself.
+A replica has the cores of `values-cpu.yaml` ({cores}), of which {busy:.0%} may be busy on average;
+a composer works on {max_remixes} songs at once. One takes {alone_s:.0f} s with two cores to itself.
 
 {table}
 
@@ -270,8 +286,7 @@ def main() -> None:
     song_cost = json.loads((results / "song_cost.json").read_text())
     separation = json.loads((results / "separate_stems.json").read_text())
     cost_model = json.loads((ROOT / "jobs/cost_model.json").read_text())
-    values = yaml.safe_load((ROOT / "deploy/helm/values.yaml").read_text())
-    cost = read_cost(song_cost, cost_model, values)
+    cost = read_cost(song_cost, cost_model, read_values())
     text = document(song_cost, cost_model, separation, cost)
     if not arguments.check:
         DOCUMENT.write_text(text)
