@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -206,4 +207,5 @@ def _architecture(model: str, known: ModelEntry | None) -> str:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # what the converters say to their own developers
     sys.exit(main())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import io
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ class Fcpe(Original):
     def __init__(self, network: Any) -> None:
         self.estimator = PitchEstimator(network).eval()
         self.facts: Mapping[str, Any] = {"kind": "pitch"}
-        with stand_ins(["torchaudio"]):
+        with stand_ins(["torchaudio"]), redirect_stdout(io.StringIO()):
             self._original = torchfcpe.models_infer.InferCFNaiveMelPE(
                 _description(), _as_stored(network.state_dict())
             ).eval()
@@ -191,7 +193,8 @@ def _description() -> Any:
 
 
 def _network() -> Any:
-    return torchfcpe.models_infer.spawn_model(_description()).eval()
+    with redirect_stdout(io.StringIO()):  # it prints what its own file leaves to defaults
+        return torchfcpe.models_infer.spawn_model(_description()).eval()
 
 
 ARCHITECTURES = (Architecture("fcpe", "convert_voice", load_fcpe, write_random_fcpe),)

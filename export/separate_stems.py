@@ -140,7 +140,7 @@ class Demucs(Original):
 
     def onnx(self) -> onnx.ModelProto:
         """{"mixture", "spectra"} -> {"spectra_stems", "wave_stems"}, see `HTDemucsGraph`."""
-        exported = to_onnx(self.module, self._example(), self._axes())
+        exported = to_onnx(self.module, self._example(), self._axes(), {"com.microsoft": 1})
         prefixes = (
             [f"/models.{i}" for i in range(len(self.models))] if len(self.models) > 1 else [""]
         )

@@ -19,13 +19,19 @@ Axes = Mapping[str, Sequence[str | int]]
 """Of every input and output: a name where the size is free."""
 
 
-def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], axes: Axes) -> onnx.ModelProto:
+def to_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    axes: Axes,
+    opsets: Mapping[str, int] | None = None,
+) -> onnx.ModelProto:
     """The module as a graph whose initializers are its parameters.
 
     Args:
         module: in evaluation mode.
         inputs: an example of each.
         axes: of every input, then of every output, in the module's order.
+        opsets: beside ONNX's own, whose operators the module uses.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
@@ -44,7 +50,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], axes: Axes) -> onnx
             dynamo=False,
             do_constant_folding=False,
             training=torch.onnx.TrainingMode.PRESERVE,
-            custom_opsets={"com.microsoft": 1},
+            custom_opsets=opsets,
         )
     model = onnx.load_from_string(buffer.getvalue())
     for node in model.graph.node:
