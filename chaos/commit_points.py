@@ -250,6 +250,10 @@ class _Points:
         elif state != "cancelled" or told.ends != ["cancelled"]:
             outcome.violations.append(f"{job_id} is {state}, {told.ends}: {told.problem}")
         self._check_end(outcome, job_id, str(state), death.ends)
+        ((uid,),) = self._store.rows("SELECT uid FROM jobs WHERE id = ?", job_id)
+        files = list((self.victim.data_dir / "artifacts" / uid).rglob("*"))
+        if state == "cancelled" and files:
+            outcome.violations.append(f"{job_id} was cancelled and has files: {files}")
         return outcome
 
     def die_forgotten(self, death: Death, piece: Piece) -> Outcome:

@@ -22,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 import scipy
-import soundfile
 
 from remix import errors
 from remix.audio import Audio, Samples
@@ -103,6 +102,10 @@ def encode(audio: Audio, form: Format) -> bytes:
         audio: [C, T]; what exceeds full scale is clipped, except in `wav`, which holds floats.
         form: see `Format`.
     """
+    # Only where it is used: its libsndfile has the system's name, and FluidSynth, loaded later into
+    # the same process, would decode its SoundFont with that one, to other samples.
+    import soundfile
+
     file = BytesIO()
     if form == "wav":
         # libsndfile stamps files of floats with the time of day; equal sound is equal bytes here.

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from remix.audio import Audio, Samples
-from remix.audio_codec import Limits, decode
+from remix.audio_codec import Limits, decode, encode
 from remix.beats import find_beats
 from remix.convert_voice import Vocal, convert_voice
 from remix.convert_voice import join_chunks as join_vocal
@@ -244,10 +244,11 @@ class Composer:
 
 
 def warm_up() -> None:
-    """Load what the first song would wait for: parts of SciPy, matplotlib and its fonts."""
+    """Load what the first song would wait for: SciPy's parts, matplotlib's fonts, libsndfile."""
     second = Audio(np.zeros((2, SAMPLE_RATE_HZ), np.float32), SAMPLE_RATE_HZ)
     find_beats(second)
     report_similarity(second, second)
+    encode(second, "wav16")
 
 
 def tracks_of_stems(heard: Mapping[str, Sequence[Note]]) -> Tracks:

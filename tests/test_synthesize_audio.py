@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from remix.synthesize_audio import (
 )
 from runners.soundfont_player import SoundFontPlayer
 from runners.synthesize_audio import SampledBand
+from tests.conftest import ROOT
 
 ENTRY = read_manifest()["musescore-general"]
 SYNTHESIZER = Synthesizer.of(ENTRY)
@@ -227,3 +230,19 @@ def test_file_that_is_no_soundfont_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"RIFF no SoundFont")
     with pytest.raises(InvalidModel, match="FluidSynth cannot read"):
         SoundFontPlayer(path, RATE_HZ)
+
+
+def test_soundfont_is_decoded_by_one_library_beside_the_composer_and_alone() -> None:
+    """Two versions of libsndfile decode it to samples that differ in the last bit."""
+    libraries = set()
+    for first in ("service", "runners.synthesize_audio"):
+        code = (
+            f"import {first}, runners.synthesize_audio; "
+            "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libsndfile' in line})"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        libraries.add(done.stdout)
+    assert len(libraries) == 1
+    assert libraries.pop().count("libsndfile") == 1
