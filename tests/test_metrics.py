@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import re
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from remix.stages import Tensors
 from runners.adaptive_batcher import WINDOW_OUTCOMES, AdaptiveBatcher, Workers
 from runners.inference_protocol import silent_ends
+from telemetry.process import ProcessWatch
 from tests.conftest import ROOT, ServerProcess
 from tests.test_http_api import wav
 
@@ -215,3 +217,19 @@ def test_refusals_are_counted_by_their_reason(
     before = refused()
     assert http.get("/v1/jobs/nobody-has-this").status_code == 404
     assert refused() == before + 1
+
+
+def test_process_tells_of_itself_with_and_without_a_gpu() -> None:
+    watch = ProcessWatch("watched", uses_gpu=True)
+    watch.tell()
+    resident = REGISTRY.get_sample_value(
+        "philharmonics_process_memory_bytes", {"process": "watched"}
+    )
+    assert resident is not None
+    assert 10e6 < resident < 10e9
+    name = "philharmonics_process_cpu_seconds_total"
+    first = REGISTRY.get_sample_value(name, {"process": "watched"}) or 0.0
+    sum(range(10**6))
+    watch.tell()
+    second = REGISTRY.get_sample_value(name, {"process": "watched"}) or 0.0
+    assert 0 < first < second <= time.process_time()
