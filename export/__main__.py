@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # the originals are of their own time
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return export(options, Path(folder), Progress(sys.stdout))
+            return export(options, Path(folder), Progress(sys.stdout, "exported"))
     except RemixError as error:
         print(f"{options.model} was not exported. {error}", file=sys.stderr)
         return 3

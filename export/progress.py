@@ -15,10 +15,11 @@ class Progress:
 
     Args:
         out: where to write; a terminal's lines are rewritten.
+        done: what a model is at the end.
     """
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
+    def __init__(self, out: TextIO, done: str = "installed") -> None:
+        self._out, self._done = out, done
         self._terminal = out.isatty()
 
     @contextmanager
@@ -39,13 +40,13 @@ class Progress:
         try:
             yield watch
         except BaseException:
-            self._line(f"{name}: not installed")
+            self._line(f"{name}: not {self._done}")
             raise
         if self._terminal:
-            self._rewrite(name, 1.0, "installed")
+            self._rewrite(name, 1.0, self._done)
             self._line("")
         else:
-            self._line(f"{name}: 100%  installed")
+            self._line(f"{name}: 100%  {self._done}")
 
     def _rewrite(self, name: str, fraction: float, what: str) -> None:
         bar = "#" * round(fraction * _WIDTH)
