@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from chaos.caller import Caller
 from chaos.postgres import BINARIES, postgres
@@ -70,7 +70,7 @@ def hung(world: World) -> Iterator[Outcome]:
         outcome = Outcome(f"hung {HUNG}", "SIGSTOP of its process, for good")
         struck_s, pid = time.monotonic(), server.worker(worker)
         os.kill(pid, signal.SIGSTOP)
-        await_that("another one is started", lambda: _started_again(server, worker, pid))
+        await_that("another one is started", lambda: server.was_replaced(worker, pid))
         server.await_ready()
         outcome.back_s = time.monotonic() - struck_s
         yield world.judge(outcome, caller, begin_s, struck_s)
@@ -166,18 +166,10 @@ def _struck(
     outcome = Outcome(name, f"kill -9 of {worker}")
     struck_s, pid = time.monotonic(), server.worker(worker)
     os.kill(pid, signal.SIGKILL)
-    is_back: Callable[[], bool] = lambda: _started_again(server, worker, pid)  # noqa: E731
-    await_that(f"{worker} is started again", is_back)
+    await_that(f"{worker} is started again", lambda: server.was_replaced(worker, pid))
     server.await_ready()
     outcome.back_s = time.monotonic() - struck_s
     return world.judge(outcome, caller, begin_s, struck_s)
-
-
-def _started_again(server: Server, worker: str, before: int) -> bool:
-    try:
-        return server.worker(worker) != before
-    except AssertionError:
-        return False
 
 
 def _is_there(pid: int) -> bool:

@@ -141,6 +141,7 @@ class Server:
                     **os.environ,
                     "BENTOML_HOME": str(self.folder / "bentoml"),
                     "BENTOML_DO_NOT_TRACK": "True",
+                    "PYTHONFAULTHANDLER": "1",  # whoever dies of a fault says where
                     "TMPDIR": str(temp_dir),
                     "PHILHARMONICS_RUNTIME_DIR": str(self.folder / "run"),
                     **self.environment,
@@ -173,10 +174,22 @@ class Server:
             time.sleep(POLL_S)
 
     def worker(self, name: str) -> int:
-        """The process that does the work of a service (`remix`, `SeparateStems`)."""
-        pids = [process.pid for process in processes_of(self.pid) if process.name == name]
-        assert pids, f"{self.service} has no process {name}"
-        return pids[0]
+        """The process that does the work of a service (`remix`, `SeparateStems`).
+
+        Raises:
+            LookupError: there is none now.
+        """
+        for process in processes_of(self.pid):
+            if process.name == name:
+                return process.pid
+        raise LookupError(f"{self.service} has no process {name}")
+
+    def was_replaced(self, name: str, pid: int) -> bool:
+        """Whether another process does that work by now."""
+        try:
+            return self.worker(name) != pid
+        except LookupError:
+            return False
 
     def kill(self) -> None:
         """`kill -9` of its first process; its workers go with it."""

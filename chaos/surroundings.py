@@ -50,7 +50,7 @@ def disk(world: World) -> Iterator[Outcome]:
         outcome.facts["answers_while_full"] = sorted(set(answers))
         if not set(answers) <= REFUSALS:
             outcome.violations.append(f"while full, submissions were answered with {answers}")
-        if server.worker(COMPOSER) != worker:
+        if not Path(f"/proc/{worker}").exists():
             outcome.violations.append("the composer died of it")
         healed_s = time.monotonic()
         late = caller.submit("k", world.pieces(2)[:1])
