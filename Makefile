@@ -74,6 +74,10 @@ bench-service: export-environment  ## overload and quotes, against a server of i
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
 	for module in $(SERVICE_BENCHMARKS); do .venv-dev/bin/python -m benchmarks.$$module; done
 
+.PHONY: bench-batchers
+bench-batchers: models .venv-batchers/installed  ## our batcher against BentoML's, Ray Serve's, LitServe's
+	@.venv-batchers/bin/python -m benchmarks.batchers --rounds $${ROUNDS:-5}
+
 .PHONY: load
 load: models  ## load tests, in 15 minutes; writes out/load/; more: make load LOAD="--minutes 30"
 	@.venv/bin/python -m export.demo_song $(DEMO_SONG)
@@ -154,6 +158,11 @@ export-environment: .venv-dev/installed  ## .venv-dev: torch, the originals, the
 .venv-load/installed: requirements/load.txt | system-packages
 	@$(PYTHON) -m venv .venv-load
 	@.venv-load/bin/pip install $(PIP_FLAGS) -r requirements/load.txt
+	@touch $@
+
+.venv-batchers/installed: requirements/batchers.txt | system-packages
+	@$(PYTHON) -m venv .venv-batchers
+	@.venv-batchers/bin/pip install $(PIP_FLAGS) -r requirements/batchers.txt
 	@touch $@
 
 .PHONY: lock

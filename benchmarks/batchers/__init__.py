@@ -1,0 +1,1 @@
+"""Our batcher against BentoML's, Ray Serve's and LitServe's: same model, load and transport."""
