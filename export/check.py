@@ -88,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.spoil:
             known[name] = results[name]
             RESULT.write_text(json.dumps(known, indent=2) + "\n")
-    broken = [name for name, result in results.items() if result["problems"]]
-    print(f"FAILED: {', '.join(broken)}" if broken else f"{len(results)} architectures hold.")
-    return 1 if broken else 0
+    failing = [name for name, result in results.items() if result["problems"]]
+    print(f"FAILED: {', '.join(failing)}" if failing else f"{len(results)} architectures hold.")
+    return 1 if failing else 0
 
 
 def digest_of_code() -> str:
