@@ -27,7 +27,9 @@ def go_inside(arguments: list[str]) -> None:
     Raises:
         SystemExit: a tool is missing.
     """
-    missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
+    missing = [
+        tool for tool in ("unshare", "nsenter", "setpriv", "ip") if shutil.which(tool) is None
+    ]
     if missing:
         raise SystemExit(
             f"Not found: {missing}. Debian's packages util-linux and iproute2 have them."

@@ -7,14 +7,13 @@ first process too is followed by `start`, as systemd or an engine of containers 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +47,8 @@ COMPOSER = "service:Remix"
 
 LOOPBACK = "127.0.0.1"
 
-PR_SET_PDEATHSIG = 1
-"""Source: prctl(2), Linux."""
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+"""A command that runs another one, which is killed when we end without ending it."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -59,18 +58,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind((LOOPBACK, 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def _end_with(parent: int) -> Callable[[], None]:
-    """Run in a new process, has it killed when we end without ending it."""
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # we have ended already
-            os._exit(1)
-
-    return ask
 
 
 def service_of(stage: str) -> str:
@@ -134,7 +121,15 @@ class Server:
         temp_dir.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.wrapper, sys.executable, "-m", "bentoml", "serve", self.service]
+                [
+                    *ENDS_WITH_US,
+                    *self.wrapper,
+                    sys.executable,
+                    "-m",
+                    "bentoml",
+                    "serve",
+                    self.service,
+                ]
                 + ["--host", self.host, "--port", str(self.port)],
                 cwd=ROOT,
                 env={
@@ -150,7 +145,6 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with(os.getpid()),
             )
 
     def is_ready(self) -> bool:
