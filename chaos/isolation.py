@@ -17,6 +17,8 @@ from pathlib import Path
 INSIDE = "--inside"
 """The command's last argument, once it is."""
 
+TOOLS = ("unshare", "nsenter", "setpriv", "ip")
+
 NEAR, FAR = "10.99.0.1", "10.99.0.2"
 """Of the two ends of a cable; nothing else has an address here."""
 
