@@ -39,7 +39,8 @@ STAND_INS = {"postgres:15-bookworm": "postgres", "prom/prometheus:v2.53.5": "pro
 OPTIONS = {"seed": 7}
 
 HEALTHY_S = 60.0
-"""In which the whole stack is healthy, images and models being there."""
+"""In which the whole stack is healthy, images and models being there, on a machine that has nothing
+else to do; on a busy one, as many times as long as it has more to do than cores."""
 
 JOBS_S = 300.0
 """In which a few jobs end, whatever happens to them."""
@@ -235,12 +236,13 @@ def worker_pids(container: str) -> set[str]:
 
 
 def test_whole_stack_is_healthy_within_a_minute(stack: Stack) -> None:
+    limit_s = HEALTHY_S * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
     begin_s = time.monotonic()
     stack.up()
     took_s = time.monotonic() - begin_s
-    print(f"healthy after {took_s:.1f} s")
+    print(f"healthy after {took_s:.1f} s, limit {limit_s:.0f} s")
     assert len(stack.containers()) == len(STAGES) + 3
-    assert took_s < HEALTHY_S
+    assert took_s < limit_s
 
 
 def test_remix_through_the_published_ports_is_the_one_made_outside(
