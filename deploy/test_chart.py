@@ -427,6 +427,15 @@ def test_queries_parse_and_name_metrics_that_there_are(objects: list[Object]) ->
         assert named <= documented, named - documented
 
 
+def test_dashboards_and_alerts_are_those_of_compose() -> None:
+    objects = render(profile("cpu"))
+    (boards,) = [each for each in of_kind(objects, "ConfigMap") if "dashboards" in str(each)]
+    files = (ROOT / "docker/grafana/dashboards").glob("*.json")
+    assert boards["data"] == {file.name: file.read_text() for file in files}
+    (rules,) = of_kind(objects, "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load((ROOT / "docker/prometheus/alerts.yml").read_text())
+
+
 # --- run ------------------------------------------------------------------------------------------
 
 
