@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 LAST_WORDS_S = 5.0
 """For requests that are cut off: to answer that they are."""
 
+NOTICE_S = 1.0
+"""For which requests are refused in words at least: whoever asks now and then hears of the end."""
+
 THRESHOLD_S = 0.2
 """For connections that are through the door, and whose requests are on their way."""
 
@@ -77,7 +80,10 @@ class Ingress:
     async def _stop(self, number: int, server: Any) -> None:
         try:
             async with asyncio.timeout(self._limit_s):
-                ends = [action() for action in self._actions]
+                # Who watches goes on elsewhere: now, while this one can still say that he must.
+                for task in self.watchers:
+                    task.cancel()
+                ends = [asyncio.sleep(NOTICE_S), *(action() for action in self._actions)]
                 for end in await asyncio.gather(*ends, return_exceptions=True):
                     if isinstance(end, Exception):
                         _log.error("Something did not stop in order", exc_info=end)
@@ -133,6 +139,8 @@ class Draining:
                     # Who watches does not hold up the end; the stream can be taken up elsewhere.
                     ingress.requests.discard(task)
                     ingress.watchers.add(task)
+                    if ingress.is_stopping:
+                        task.cancel()
             await send(message)
 
         if ingress.is_stopping:
@@ -142,7 +150,7 @@ class Draining:
         try:
             await self._app(scope, receive, farewell)
         except asyncio.CancelledError:
-            if not ingress.is_over:
+            if not (ingress.is_over or task in ingress.watchers):
                 raise
             task.uncancel()
             if has_begun:

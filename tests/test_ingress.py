@@ -81,6 +81,28 @@ def test_watcher_does_not_hold_up_the_end_and_sees_a_whole_stream() -> None:
         assert process.wait(ENDS_S) == -signal.SIGTERM
 
 
+def test_watcher_is_sent_off_while_he_can_be_told_that_the_server_stops() -> None:
+    """One who watches to the last moment, and asks again, would meet a closed door."""
+    with server(limit_s=60.0) as (url, process), ThreadPoolExecutor(1) as threads:
+        inside = threads.submit(httpx.get, f"{url}/wait?seconds=3", timeout=ENDS_S)
+        is_inside(url, inside)
+        with httpx.stream("GET", f"{url}/events", timeout=ENDS_S) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: progress"
+            process.send_signal(signal.SIGTERM)
+            assert list(lines) == [""]
+        assert not inside.done()
+        assert httpx.get(f"{url}/events", timeout=ENDS_S).status_code == 503
+        assert inside.result().text == "done"
+    with server(limit_s=60.0) as (url, process):  # and where nothing else is inside
+        with httpx.stream("GET", f"{url}/events", timeout=ENDS_S) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: progress"
+            process.send_signal(signal.SIGTERM)
+            assert list(lines) == [""]
+        assert httpx.get(f"{url}/events", timeout=ENDS_S).status_code == 503
+
+
 def test_health_answers_while_requests_end_and_a_second_signal_ends_at_once() -> None:
     with server(limit_s=1_000.0) as (url, process), ThreadPoolExecutor(1) as threads:
         inside = threads.submit(httpx.get, f"{url}/wait?seconds=1000", timeout=ENDS_S)
