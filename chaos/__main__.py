@@ -60,7 +60,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.list:
         for name, scenario in SCENARIOS.items():
-            print(f"{name:16}{(scenario.__doc__ or '').splitlines()[0]}")
+            print(f"{name:20}{(scenario.__doc__ or '').splitlines()[0]}")
         return 0
     if not arguments.inside:
         isolation.go_inside(sys.argv[1:])
