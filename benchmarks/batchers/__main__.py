@@ -22,7 +22,6 @@ import asyncio
 import json
 import os
 import platform
-import signal
 import socket
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from benchmarks.batchers.model import BAD, COUNT, MAX_BATCH, WAIT_S
 
@@ -218,12 +218,16 @@ def running(side: Side) -> Iterator[Asked]:
             time.sleep(0.5)
         yield asked
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        # Some start processes in sessions of their own, and leave them.
+        family: list[Any] = [process]
+        with suppress(psutil.NoSuchProcess):
+            family += psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
         log.close()
 
