@@ -433,7 +433,10 @@ def test_dashboards_and_alerts_are_those_of_compose() -> None:
     files = (ROOT / "docker/grafana/dashboards").glob("*.json")
     assert boards["data"] == {file.name: file.read_text() for file in files}
     (rules,) = of_kind(objects, "PrometheusRule")
-    assert rules["spec"] == yaml.safe_load((ROOT / "docker/prometheus/alerts.yml").read_text())
+    text = (ROOT / "docker/prometheus/alerts.yml").read_text()
+    ours = 'up{namespace="music",release="remix"} == 0'  # a cluster's Prometheus asks others too
+    assert "up == 0" in text
+    assert rules["spec"] == yaml.safe_load(text.replace("up == 0", ours))
 
 
 # --- run ------------------------------------------------------------------------------------------
