@@ -22,6 +22,8 @@ BOTH = """
     scipy.signal scipy.fft scipy.ndimage prometheus_client.multiprocess prometheus_client.exposition
     multiprocessing.spawn multiprocessing.resource_tracker concurrent.futures.process
     urllib.request pydantic aiohttp httpx yaml
+    opentelemetry.sdk.trace.export opentelemetry.trace.propagation.tracecontext pynvml
+    opentelemetry.exporter.otlp.proto.grpc.trace_exporter
     """.split()
 
 COMPOSER = """
