@@ -268,7 +268,7 @@ def packaged_crepe(capacity: str) -> Path:
 
 
 RANDOM_GAIN = {"full": 100.0, "tiny": 20.0}
-"""Of a random classifier: six random layers hear little. With more of it posteriors are 1 to the last
+"""Of a random classifier: six random layers hear little. With more, posteriors are 1 to the last
 bit, bins tie, and rounding chooses among them."""
 
 
