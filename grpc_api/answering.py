@@ -73,9 +73,12 @@ def watching(call: Call[None]) -> Call[None]:
 
     @functools.wraps(call)
     async def answer(self: Any, request: Any, context: Any) -> None:
+        task = _current_task()
+
         async def watch() -> None:
-            task = _current_task()
             self.inside.watchers.add(task)
+            if self.inside.is_stopping:
+                task.cancel()
             try:
                 await call(self, request, context)
             except asyncio.CancelledError:
@@ -93,7 +96,12 @@ def watching(call: Call[None]) -> Call[None]:
             finally:
                 self.inside.watchers.discard(task)
 
-        await _refusing(call.__name__, watch(), context)
+        # Waited for until he has been told: he is cut off without a word else.
+        self.inside.requests.add(task)
+        try:
+            await _refusing(call.__name__, watch(), context)
+        finally:
+            self.inside.requests.discard(task)
 
     return answer
 

@@ -6,6 +6,7 @@ over the same port in `test_grpc_service.py`.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import subprocess
@@ -24,6 +25,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from grpc_api.answering import Inside, watching
 from remix.options import ConvertOptions, GenerateOptions, RemixOptions, SeparateOptions
 from remix_v1 import remix_pb2 as messages
 from tests.conftest import CRASH_SEED, ROOT, SLOW_SEED, ServerProcess, Traces
@@ -442,3 +444,39 @@ def test_python_client_of_the_proto_alone_gets_the_remix(
         timeout=120,
     )
     assert client.stdout == collect(stub.Remix(remix(), timeout=60.0)).files["remix.wav"]
+
+
+def test_server_that_stops_waits_until_a_watcher_has_been_told() -> None:
+    class Told(Exception):
+        """What ends a call, as gRPC does it."""
+
+    async def work() -> None:
+        inside, watched, heard = Inside(), asyncio.Event(), asyncio.Event()
+
+        class Servicer:
+            def __init__(self) -> None:
+                self.inside = inside
+
+            @watching
+            async def watch(self, request: object, context: object) -> None:
+                watched.set()
+                await asyncio.Event().wait()
+
+        class Context:
+            def invocation_metadata(self) -> tuple[()]:
+                return ()
+
+            async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+                assert code is grpc.StatusCode.UNAVAILABLE
+                await asyncio.sleep(0.05)  # a busy machine
+                heard.set()
+                raise Told
+
+        call = asyncio.ensure_future(Servicer().watch(None, Context()))
+        await watched.wait()
+        await inside.leave()
+        assert heard.is_set()
+        with pytest.raises(Told):
+            await call
+
+    asyncio.run(work())
