@@ -77,7 +77,7 @@ def watching(call: Call[None]) -> Call[None]:
 
         async def watch() -> None:
             self.inside.watchers.add(task)
-            if self.inside.is_stopping:
+            if self.inside.is_stopping:  # the others have been sent off already
                 task.cancel()
             try:
                 await call(self, request, context)
@@ -96,12 +96,7 @@ def watching(call: Call[None]) -> Call[None]:
             finally:
                 self.inside.watchers.discard(task)
 
-        # Waited for until he has been told: he is cut off without a word else.
-        self.inside.requests.add(task)
-        try:
-            await _refusing(call.__name__, watch(), context)
-        finally:
-            self.inside.requests.discard(task)
+        await _refusing(call.__name__, watch(), context)
 
     return answer
 
