@@ -81,8 +81,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 for outcome in SCENARIOS[name](world):
                     outcomes.append(outcome)
                     print(line(outcome), flush=True)
-            except TimeoutError as error:  # what a fault was to bring about did not come
-                outcomes.append(Outcome(name, "", violations=[str(error)]))
+            except Exception as error:  # noqa: BLE001 - what was found before it is told all the same
+                outcomes.append(Outcome(name, "", violations=[f"it broke off: {error!r}"]))
                 print(line(outcomes[-1]), flush=True)
         for log in sorted(Path(folder).glob("*/log")):
             (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
