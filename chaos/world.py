@@ -22,6 +22,10 @@ AT_ONCE = 16
 LENGTHS_S = (5.0, 10.0)
 """Of their songs: the shortest and the longest."""
 
+FOUND_S = 5.0
+"""A composer that has a replica's address in its list tries it every 2 s: so long both must be there
+before the old one may go, or there is none for a moment."""
+
 FAULT_S = 240.0
 """In which something is expected that a fault brings about."""
 
@@ -104,6 +108,7 @@ class World:
         """Start another one in its place, and then stop it in order."""
         self._started(self._stack, new)
         new.await_ready()
+        time.sleep(FOUND_S)
         self.runners[stage].stop()
         self.runners[stage] = new
         if self._calm is not None:  # it knows of the old one only
