@@ -23,8 +23,8 @@ LENGTHS_S = (5.0, 10.0)
 """Of their songs: the shortest and the longest."""
 
 FOUND_S = 5.0
-"""A composer that has a replica's address in its list tries it every 2 s: until then the old one has
-to stay, or there is none for a moment."""
+"""A composer that has a replica's address in its list tries it every 2 s: until then the old one
+has to stay, or there is none for a moment."""
 
 FAULT_S = 240.0
 """In which something is expected that a fault brings about."""
