@@ -35,17 +35,11 @@ class OpenVinoSession:
         """Load and compile the graph.
 
         Raises:
-            InvalidModel: openvino is not there, the device is no CPU, the checksum or the
-                signature is not the manifest's, or the graph cannot be compiled.
+            InvalidModel: the device is no CPU, the checksum or the signature is not the
+                manifest's, or the graph cannot be compiled.
         """
-        try:
-            import openvino
-        except ImportError as error:
-            raise InvalidModel(
-                f"The backend of {entry.name} on {settings.device} is openvino, which is not "
-                "installed here: install it (requirements/serving.txt has the version), or set "
-                f'backend = {{ {settings.device} = "onnx" }} in models.toml.'
-            ) from error
+        import openvino
+
         if settings.device != "cpu":
             raise InvalidModel(
                 f"The backend openvino runs on cpu, and PHILHARMONICS_DEVICE is {settings.device}: "
