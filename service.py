@@ -49,7 +49,7 @@ _desk = Desk(_settings)
 
 @bentoml.service(
     name="remix",
-    envs=[QUIET_MALLOC],
+    envs=QUIET_MALLOC,
     workers=1,  # slots and progress are counted in this process; more composers are more replicas
     traffic={"timeout": 2 * WORK_S},  # the routes have limits of their own, with better answers
     endpoints={"livez": "/livez", "readyz": "/readyz"},

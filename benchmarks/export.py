@@ -7,7 +7,7 @@ Both compute the same thing from the same seeded random weights of full size, in
 their own, in turn, `--rounds` times after one call that does not count. The served side runs what
 the stage's runner runs and imports no torch. Of separation the call is a whole song, as demucs'
 `apply_model` takes it. Of transcription it is a song's windows, one after the other as basic-pitch
-computes them, and in batches of four, two at once, as our runner does. Of the others it is one
+computes them, and in batches of two, two at once, as our runner does. Of the others it is one
 batch of one window. HTDemucs, which computes in bfloat16 where the processor can, is also timed in
 float32, as on a processor that cannot. Writes benchmarks/results/export.json.
 
@@ -63,7 +63,7 @@ TARGETS = {"htdemucs": 1.8, "quickvc": 2.0, "fcpe": 1.0, "basic-pitch": 1.0}
 
 NOISE = 0.97
 
-TRANSCRIBED_AT_ONCE = 4
+TRANSCRIBED_AT_ONCE = 2
 """Windows of a batch: `max_batch` of basic-pitch in models.toml."""
 
 PRECISION = {"quickvc": "int8"}

@@ -92,7 +92,7 @@ def time_in_turn(sides: list[Side], folder: Path, rounds: int) -> dict[str, Timi
             worker.stop()
 
 
-_RUNNERS = {str(QUIET_MALLOC["name"]): str(QUIET_MALLOC["value"])}
+_RUNNERS = {variable["name"]: variable["value"] for variable in QUIET_MALLOC}
 """What a runner's process has in its environment."""
 
 
