@@ -29,7 +29,7 @@ from remix.errors import RemixError
 from remix.manifest import MANIFEST_PATH, read_manifest
 from remix.settings import Device, Settings
 from remix.stages import Tensors
-from runners.runner import QUIET_MALLOC
+from runners.runner import LARGE_ARRAYS_MALLOC, QUIET_MALLOC
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,13 @@ def time_in_turn(sides: list[Side], folder: Path, rounds: int) -> dict[str, Timi
             worker.stop()
 
 
-_RUNNERS = {variable["name"]: variable["value"] for variable in QUIET_MALLOC}
-"""What a runner's process has in its environment."""
+def _environment(side: Side) -> dict[str, str]:
+    """Of the process of a side: what is served has what its runner has."""
+    if not side.manifest:
+        return {**os.environ}
+    stage = read_manifest(Path(side.manifest))[side.entry].stage
+    variables = LARGE_ARRAYS_MALLOC if stage == "separate_stems" else QUIET_MALLOC
+    return {**os.environ, **{each["name"]: each["value"] for each in variables}}
 
 
 class _Worker:
@@ -109,7 +114,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "export.time_calls", "--worker", str(description)],
             cwd=MANIFEST_PATH.parent,
-            env={**os.environ, **(_RUNNERS if side.manifest else {})},
+            env=_environment(side),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

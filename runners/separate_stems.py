@@ -23,7 +23,7 @@ from remix.stages import Tensors
 from remix.stft import Framing, istft, stft
 from runners.inference_protocol import ServedModel, silent_ends
 from runners.open_graph import open_graph
-from runners.runner import SERVICE, Runner
+from runners.runner import LARGE_ARRAYS_MALLOC, SERVICE, Runner
 
 FFT_SAMPLES = 4096
 HOP_SAMPLES = 1024
@@ -126,7 +126,7 @@ def served_model(entry: ModelEntry, settings: Settings) -> SeparationModel:
     return ARCHITECTURES[architecture](entry, open_graph(entry, settings), settings.device)
 
 
-@bentoml.service(**SERVICE)
+@bentoml.service(**{**SERVICE, "envs": LARGE_ARRAYS_MALLOC})
 class SeparateStems(Runner):
     """The runner of this stage."""
 
