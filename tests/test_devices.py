@@ -20,6 +20,8 @@ from tests.conftest import free_ports
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
+# The set-up installs the onnxruntime without CUDA. With the other one, put in its place by hand on
+# a machine with a GPU, the runner rightly starts: there is no error to look at.
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime is the one for GPUs")
 def test_runner_told_to_use_a_gpu_that_is_not_there_ends_with_the_remedy(tmp_path: Path) -> None:
     (http_port, port) = free_ports(2)

@@ -382,6 +382,7 @@ def test_a_traced_module_makes_its_constants_on_the_device_that_it_is_told() -> 
     np.testing.assert_array_equal(module(torch.ones(4)), [1, 2, 3, 4])
 
 
+# Where there is one, the same command measures for minutes: it is then no error to be looked at.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_report_of_a_gpu_that_is_not_there_is_one_clear_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
