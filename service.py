@@ -103,7 +103,9 @@ class Remix:
         composer = ObservedComposer(
             _settings, manifest, lambda: self._cache.for_song(self._runners.for_song())
         )
-        self._jobs = Jobs(_settings, composer, _desk.estimator, self._database)
+        self._jobs = Jobs(
+            _settings, composer, _desk.estimator, self._database, self._cache.give_way
+        )
         await self._jobs.start()
         _ingress.on_stop(lambda: self._jobs.drain(_settings.drain_s))
         _desk.open(composer, self._jobs, self._runners.unavailable)

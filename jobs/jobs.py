@@ -22,7 +22,7 @@ from jobs.schedule import Started
 from jobs.store import Store
 from jobs.webhook import Webhooks
 from jobs.work import song_path
-from jobs.worker import Worker
+from jobs.worker import MakeRoom, Worker
 from remix import errors
 from remix.composer import Composer
 from remix.errors import InvalidOption, NotFound, RemixError, RunnerUnavailable, excerpt
@@ -70,6 +70,10 @@ class Artifact:
             yield piece
 
 
+async def nothing_to_delete() -> None:
+    """Without a cache there is none that could give way."""
+
+
 class Jobs:
     """All that can be done with jobs, for every transport.
 
@@ -81,6 +85,7 @@ class Jobs:
         composer: does the work.
         estimator: how long that takes.
         database: with the rows; is closed by whoever opened it.
+        make_room: is asked for when the disk is full.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Jobs:
         composer: Composer,
         estimator: Estimator,
         database: Database,
+        make_room: MakeRoom = nothing_to_delete,
     ) -> None:
         self._max_waiting = settings.max_waiting_jobs
         self._composer = composer
@@ -98,7 +104,9 @@ class Jobs:
         self._files = Files(settings.artifacts_url)
         self._bells = Bells()
         self._store = Store(database, settings.retention_s)
-        self._worker = Worker(settings, composer, estimator, database, self._files, self._bells)
+        self._worker = Worker(
+            settings, composer, estimator, database, self._files, self._bells, make_room
+        )
 
     async def start(self) -> None:
         """Take up what a dead composer left, and begin to work."""

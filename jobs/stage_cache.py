@@ -30,7 +30,7 @@ from prometheus_client import Counter, Gauge
 from jobs.files import Files
 from jobs.identity import code_id
 from remix.composer import TimedInfer
-from remix.errors import StorageUnavailable
+from remix.errors import StorageUnavailable, is_for_want_of_room
 from remix.manifest import Manifest, expected_sha256
 from remix.report import StageTime
 from remix.stages import STAGES, Stage, Tensors
@@ -112,6 +112,11 @@ class StageCache:
                 await self._evict()
         self._files.close()
 
+    async def give_way(self) -> None:
+        """Evict half of what is kept: a disk is full, whatever this store's limit is."""
+        with suppress(StorageUnavailable):
+            await self._evict(of_what_is_kept=True)
+
     async def outputs(
         self, model: str, inputs: Tensors, infer: TimedInfer
     ) -> tuple[dict[str, NDArray[Any]], bool]:
@@ -183,11 +188,13 @@ class StageCache:
             # The song goes on without: what is not kept is computed again where it is needed.
             _log.warning("The cache keeps nothing of %s: %s", stage, error)
             WINDOWS.labels(stage, "unwritten").inc()
+            if is_for_want_of_room(error):
+                await self.give_way()
         finally:
             del self._under_way[key]  # until now it was answered from memory
             self._room.release()
 
-    async def _evict(self) -> None:
+    async def _evict(self, *, of_what_is_kept: bool = False) -> None:
         if self._eviction.locked():
             return
         async with self._eviction:
@@ -195,11 +202,14 @@ class StageCache:
             found = await self._files.run(self._files.find)
             size_bytes = sum(file.size_bytes for file in found)
             doomed = []
-            if size_bytes > self._max_bytes:
+            limit_bytes, target_bytes = self._max_bytes, EVICT_TO * self._max_bytes
+            if of_what_is_kept:
+                limit_bytes, target_bytes = 0, size_bytes / 2
+            if size_bytes > limit_bytes:
                 for file in sorted(found, key=lambda file: file.used_s):
                     doomed.append(file.path)
                     size_bytes -= file.size_bytes
-                    if size_bytes <= EVICT_TO * self._max_bytes:
+                    if size_bytes <= target_bytes:
                         break
                 await self._files.run(self._files.delete, doomed)
             self._scanned_bytes = size_bytes

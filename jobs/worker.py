@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from remix.errors import (
     RunnerUnavailable,
     StorageUnavailable,
     full_disk,
+    is_for_want_of_room,
 )
 from remix.settings import Settings
 from telemetry.exposition import LONG_SECONDS
@@ -85,6 +86,9 @@ JOB_SECONDS = Histogram(
 
 _log = logging.getLogger(__name__)
 
+MakeRoom = Callable[[], Awaitable[None]]
+"""Deletes what can be had again."""
+
 
 @dataclass(eq=False)
 class _Held:
@@ -111,6 +115,7 @@ class Worker:
         database: with the rows.
         files: songs, and what is made of them.
         bells: are rung when there is news.
+        make_room: is asked for when the disk is full.
     """
 
     def __init__(
@@ -121,12 +126,14 @@ class Worker:
         database: Database,
         files: Files,
         bells: Bells,
+        make_room: MakeRoom,
     ) -> None:
         self._settings = settings
         self._estimator = estimator
         self._database = database
         self._files = files
         self._bells = bells
+        self._make_room = make_room
         # Never given twice: a composer that is started again is another one.
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._claims = Claims(
@@ -299,6 +306,8 @@ class Worker:
                 if time.monotonic() - start_s > PATIENCE_S:
                     return _failed(error)
                 _log.warning("Job %s waits: %s", claim.uid, error)
+                if is_for_want_of_room(error):
+                    await self._make_room()
                 await asyncio.sleep(wait_s)
                 wait_s = next(waits_s, wait_s)
             except RemixError as error:

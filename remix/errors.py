@@ -157,6 +157,11 @@ def full_disk() -> Iterator[None]:
         ) from error
 
 
+def is_for_want_of_room(error: BaseException) -> bool:
+    """Whether it was made of a full disk's error."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_ROOM
+
+
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxother = 80
 

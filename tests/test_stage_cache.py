@@ -166,6 +166,21 @@ def test_least_recently_used_entries_go_when_there_is_no_room(tmp_path: Path) ->
     asyncio.run(work())
 
 
+def test_half_of_it_gives_way_to_others_on_a_full_disk(tmp_path: Path) -> None:
+    async def work() -> None:
+        cache, infer = cache_at(tmp_path), CountingInfer()
+        for seed in range(8):
+            await cache.for_song(infer)(MODEL, window(seed))
+        await cache.close()
+        cache = cache_at(tmp_path)
+        for left in (4, 2, 1, 0, 0):
+            await cache.give_way()
+            assert len(entries(tmp_path)) == left
+        await cache.close()
+
+    asyncio.run(work())
+
+
 def test_entry_that_is_evicted_before_it_is_marked_as_used_is_gone(tmp_path: Path) -> None:
     """Another composer evicts between the two: an entry without a byte would be left."""
     files = Files(str(tmp_path))
