@@ -111,7 +111,7 @@ alert-check:  ## each alert fires on what it is for, and not before (promtool)
 		"$$promtool" check rules alerts.yml && "$$promtool" test rules alerts.test.yml
 
 .PHONY: alert-faults
-alert-faults: export-environment  ## alerts fire on faults of real processes; two minutes
+alert-faults: export-environment  ## alerts fire on faults of real processes; some minutes
 	@scripts/get-promtool >/dev/null
 	.venv-dev/bin/python -m pytest -v tests/alert_faults.py
 

@@ -1,6 +1,6 @@
 """`make chaos`: breaks a service under load, piece by piece; ends with 1 if anything was lost.
 
-python -m chaos                        everything, in about 15 minutes
+python -m chaos                        everything; a quarter of an hour or more
 python -m chaos --only runners disk    some of it
 python -m chaos --list                 what there is
 """
