@@ -51,13 +51,13 @@ proto: export-environment  ## generate remix_v1/ from proto/remix/v1/remix.proto
 	.venv-dev/bin/python -m grpc_tools.protoc -Iremix_v1=proto/remix/v1 \
 		--python_out=. --pyi_out=. --grpc_python_out=. remix_v1/remix.proto
 
-# These take minutes of a whole server: `make bench-service` runs them.
-SERVICE_BENCHMARKS := admission quote
+# Each takes minutes of a whole server: `make bench-service` runs them.
+SERVICE_BENCHMARKS := admission jobs quote song_cost
 
 .PHONY: bench
-bench: export-environment  ## the project's benchmarks; writes benchmarks/results/
+bench: export-environment  ## separation, remix and the small ones; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	for module in $(filter-out __init__ $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for module in $(filter-out __init__ export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
 
@@ -70,9 +70,14 @@ bench-export: export-environment  ## what is served against the originals' own c
 	@.venv-dev/bin/python -m benchmarks.export
 
 .PHONY: bench-service
-bench-service: export-environment  ## overload and quotes, against a server of its own; ten minutes
+bench-service: export-environment  ## jobs, overload, quotes, what a song costs: against servers of its own
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
 	for module in $(SERVICE_BENCHMARKS); do .venv-dev/bin/python -m benchmarks.$$module; done
+
+.PHONY: bench-paper
+bench-paper: export-environment  ## a remix by the paper's commands against ours, the same weights
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@.venv-dev/bin/python -m benchmarks.paper_way
 
 .PHONY: bench-batchers
 bench-batchers: models .venv-batchers/installed  ## our batcher against BentoML's, Ray Serve's, LitServe's
