@@ -85,6 +85,7 @@ class Remix:
     async def open(self) -> None:
         """Warm up, prepare the channels to the runners, and take requests."""
         end_with_first()
+        keep_room()
         start_logging("composer", _settings)
         self._end_tracing = start_tracing("composer", _settings)
         self._watch = ProcessWatch("composer")
@@ -113,7 +114,6 @@ class Remix:
         if _settings.grpc_port:
             await self._grpc.start()
             _ingress.on_stop(self._grpc.drain)
-        keep_room()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def close(self) -> None:

@@ -119,6 +119,7 @@ class Runner:
         """
         end_with_first()
         forget_the_dead()
+        keep_room()
         self._settings = settings = read_settings()
         start_logging(self.stage, settings)
         self._end_tracing = start_tracing(self.stage, settings)
@@ -139,7 +140,6 @@ class Runner:
         await self._server.start()
         if not settings.listen:  # else whoever started it alone looks after it
             self._known = be_known(settings.runtime_dir, self.stage)
-        keep_room()
 
     def _load_warm(self, settings: Settings) -> list[ServedModel]:
         manifest, models = read_manifest(), list(self.load(settings))

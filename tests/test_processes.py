@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from runners.processes import end_hung
+from runners.processes import METRIC_FILES, end_hung
 from tests.conftest import ROOT, ServerProcess, serving
 from tests.test_remix_service import short_song, song
 
@@ -91,14 +91,21 @@ def test_hung_runner_is_killed_and_nobody_who_has_its_number_later(tmp_path: Pat
 
 
 def test_metrics_have_room_before_the_disk_is_full(tmp_path: Path) -> None:
-    process = (
-        "from prometheus_client import Counter; from runners.processes import keep_room; "
-        "Counter('windows', 'of a test', ['model']).labels('x').inc(); keep_room()"
-    )
+    process = """
+from prometheus_client import Counter, Gauge, Histogram
+from runners.processes import keep_room
+Counter("early", "Has a file already").inc()
+keep_room()
+seconds = Histogram("seconds", "Has a file later, and a larger one", ["route"])
+for number in range(100):
+    seconds.labels(number).observe(1)
+for mode in ("livesum", "livemax", "mostrecent"):
+    Gauge(mode, "As we have them", multiprocess_mode=mode).set(1)
+"""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", process], cwd=ROOT, env=environment, check=True)
-    files = [path.stat() for path in tmp_path.glob("counter_*.db")]
-    assert len(files) == 1
+    files = [path.stat() for path in tmp_path.glob("*.db")]
+    assert len(files) == len(METRIC_FILES)
     for file in files:  # in blocks of 512 bytes
         assert file.st_blocks * 512 >= file.st_size
 
