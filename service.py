@@ -34,7 +34,7 @@ from remix.manifest import read_manifest
 from remix.settings import GRPC_HOST
 from runners.beside import beside, settings_with_runtime_dir
 from runners.ingress import Draining, Ingress
-from runners.processes import end_with_first, keep_room
+from runners.processes import end_with_first
 from runners.remote_stages import Runners
 from runners.runner import QUIET_MALLOC, SERVICE
 from telemetry.composer import ObservedComposer
@@ -85,7 +85,6 @@ class Remix:
     async def open(self) -> None:
         """Warm up, prepare the channels to the runners, and take requests."""
         end_with_first()
-        keep_room()
         start_logging("composer", _settings)
         self._end_tracing = start_tracing("composer", _settings)
         self._watch = ProcessWatch("composer")

@@ -36,12 +36,6 @@ FIRST_FILE = "first"
 COMPOSERS = "composers"
 """And that composers at work have locked."""
 
-METRIC_FILES = ("counter", "histogram", "gauge_livesum", "gauge_livemax", "gauge_mostrecent")
-"""Of prometheus_client: one for each kind of metric, as soon as the first of the kind counts."""
-
-METRIC_FILE_BYTES = 256 << 10
-"""Of one that is not there yet: twice what the requests of every route and status take."""
-
 _held: list[BinaryIO] = []
 """Locks are open files: these are open until the process ends."""
 
@@ -114,21 +108,6 @@ def forget_the_dead() -> None:
         pid = path.stem.rsplit("_", 1)[1]
         if not Path("/proc", pid).exists():
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
-
-
-def keep_room() -> None:
-    """Have room on the disk for whatever this process will count; called before it counts.
-
-    Its metrics' files are mapped into memory, and have holes: a page that the disk has no room for
-    when it is first written to ends the process (SIGBUS).
-    """
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if folder is None:
-        return
-    for kind in METRIC_FILES:
-        with Path(folder, f"{kind}_{os.getpid()}.db").open("ab") as file:
-            size_bytes = os.fstat(file.fileno()).st_size or METRIC_FILE_BYTES
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
 
 
 def enter(runtime_dir: Path) -> BinaryIO:

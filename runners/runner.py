@@ -27,7 +27,6 @@ from runners.processes import (
     composers_gone,
     end_with_first,
     forget_the_dead,
-    keep_room,
 )
 from telemetry.logs import start_logging
 from telemetry.process import ProcessWatch
@@ -119,7 +118,6 @@ class Runner:
         """
         end_with_first()
         forget_the_dead()
-        keep_room()
         self._settings = settings = read_settings()
         start_logging(self.stage, settings)
         self._end_tracing = start_tracing(self.stage, settings)

@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from runners.processes import METRIC_FILES, end_hung
+from remix.stages import STAGES
+from runners.processes import end_hung
+from telemetry.exposition import FILE_BYTES, FILES
 from tests.conftest import ROOT, ServerProcess, serving
 from tests.test_remix_service import short_song, song
 
@@ -90,23 +92,16 @@ def test_hung_runner_is_killed_and_nobody_who_has_its_number_later(tmp_path: Pat
     assert not end_hung(tmp_path, "another")
 
 
-def test_metrics_have_room_before_the_disk_is_full(tmp_path: Path) -> None:
-    process = """
-from prometheus_client import Counter, Gauge, Histogram
-from runners.processes import keep_room
-Counter("early", "Has a file already").inc()
-keep_room()
-seconds = Histogram("seconds", "Has a file later, and a larger one", ["route"])
-for number in range(100):
-    seconds.labels(number).observe(1)
-for mode in ("livesum", "livemax", "mostrecent"):
-    Gauge(mode, "As we have them", multiprocess_mode=mode).set(1)
-"""
+@pytest.mark.parametrize("module", ["service", *(f"runners.{stage}" for stage in STAGES)])
+def test_metrics_have_room_before_the_disk_is_full(module: str, tmp_path: Path) -> None:
+    process = f"import {module}; from http_api.observed import HTTP_SECONDS as seconds\n"
+    process += "for n in range(100): seconds.labels('GET', f'/v1/route/{n}', '200').observe(1)"
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", process], cwd=ROOT, env=environment, check=True)
     files = [path.stat() for path in tmp_path.glob("*.db")]
-    assert len(files) == len(METRIC_FILES)
-    for file in files:  # in blocks of 512 bytes
+    assert len(files) == len(FILES)
+    for file in files:
+        assert file.st_size == FILE_BYTES  # none was there before, none has grown
         assert file.st_blocks * 512 >= file.st_size
 
 
