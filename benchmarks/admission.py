@@ -36,6 +36,7 @@ from benchmarks.remix import ROOT, song_of
 from client.local_server import local_server
 from jobs.database import Database, open_database
 from jobs.keys import KeyStore
+from load_tests.generator import go_first
 
 RESULT = ROOT / "benchmarks/results/admission.json"
 
@@ -281,6 +282,7 @@ def main() -> None:
         keys_in(Path(folder)) as keys,
         local_server(notify=print) as url,
     ):
+        go_first()
         figures = asyncio.run(measure(url, keys, song, arguments.seconds))
     result = {
         "benchmark": "admission",
