@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import grpc
@@ -109,15 +110,19 @@ PLAIN_METHODS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "M
 class InferenceServer:
     """Answers the protocol's calls for a few models, each behind its own batcher."""
 
-    def __init__(self, name: str, max_queue_rows: int, workers: Workers) -> None:
+    def __init__(
+        self, name: str, max_queue_rows: int, workers: Workers, *, is_near: bool = False
+    ) -> None:
         """Start without models, hence not ready.
 
         Args:
             name: of the runner.
             max_queue_rows: windows that may wait for each model.
             workers: shared by the models.
+            is_near: its callers are this machine's, and may lend it memory instead of sending.
         """
         self.is_ready = False
+        self._is_near = is_near
         self._name = name
         self._max_queue_rows = max_queue_rows
         self._workers = workers
@@ -191,30 +196,31 @@ class InferenceServer:
         """Compute, in a batch with whoever else is waiting."""
         with serving("infer", caller_in(context.invocation_metadata())) as span:
             try:
-                request, model, outputs, timing = await self._infer(data, context)
+                with ExitStack() as held:
+                    request, inputs, memory = decode_request(data, held if self._is_near else None)
+                    model, outputs, timing = await self._infer(request, inputs, context)
+                    span.set_attributes({"model": model.name, "batch_windows": timing.batch_rows})
+                    response = messages.ModelInferResponse(
+                        model_name=model.name, model_version="1", id=request.id
+                    )
+                    response.parameters["queue_s"].double_param = timing.queue_s
+                    response.parameters["compute_s"].double_param = timing.compute_s
+                    response.parameters["batch_rows"].int64_param = timing.batch_rows
+                    return encode_response(response, outputs, memory)
             except errors.RemixError as error:
                 await _abort(context, error)
-            span.set_attributes({"model": model.name, "batch_windows": timing.batch_rows})
-        response = messages.ModelInferResponse(
-            model_name=model.name, model_version="1", id=request.id
-        )
-        response.parameters["queue_s"].double_param = timing.queue_s
-        response.parameters["compute_s"].double_param = timing.compute_s
-        response.parameters["batch_rows"].int64_param = timing.batch_rows
-        return encode_response(response, outputs)
 
     async def _infer(
-        self, data: bytes, context: Any
-    ) -> tuple[Any, ServedModel, dict[str, NDArray[Any]], Timing]:
+        self, request: Any, inputs: Tensors, context: Any
+    ) -> tuple[ServedModel, dict[str, NDArray[Any]], Timing]:
         remaining_s = context.time_remaining()
         deadline_s = float("inf") if remaining_s is None else time.monotonic() + remaining_s
-        request, inputs = decode_request(data)
         model, batcher = self._find(request.model_name)
         _check_inputs(model, inputs)
         begin_ns = time.time_ns()
         outputs, timing = await batcher.submit(inputs, deadline_s)
         past_part("compute", past_part("queue", begin_ns, timing.queue_s), timing.compute_s)
-        return request, model, outputs, timing
+        return model, outputs, timing
 
     def _find(self, name: str) -> tuple[ServedModel, AdaptiveBatcher]:
         if name not in self._models:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import grpc
@@ -24,6 +25,7 @@ from runners.error_details import KEY, decode_error
 from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
 from runners.processes import end_hung, enter, forget_the_dead
 from runners.retry import RetryBudget, StageHealth, Tries, Trouble
+from runners.shared_memory import IS_HERE, lent
 from runners.tensor_messages import decode_response, encode_request
 from telemetry import traces
 from telemetry.exposition import SECONDS
@@ -150,7 +152,6 @@ class Runners:
         """One inference, made again where that helps (`runners.retry`); its times go to `times`."""
         stage = self._manifest[model].stage
         rows = len(next(iter(inputs.values())))
-        request = encode_request(model, inputs)
         tries = Tries(self._budget, self._health[stage], self._settings.runner_patience_s)
         begin_s = time.monotonic()
         with traces.window(stage, model, rows) as span:
@@ -159,7 +160,7 @@ class Runners:
                 start_s = time.monotonic()
                 timeout_s = self._window_s(model, rows)
                 try:
-                    data = await self._infer[stage](request, timeout=timeout_s, metadata=metadata)
+                    response, outputs = await self._ask(stage, model, inputs, timeout_s, metadata)
                     break
                 except grpc.aio.AioRpcError as failure:
                     trouble, error = self._judge(stage, model, failure, timeout_s)
@@ -168,7 +169,6 @@ class Runners:
                     RETRIES.labels(stage, trouble).inc()
                     span.add_event("made again", {"reason": trouble})
                     await tries.again(trouble, error)
-        response, outputs = decode_response(data)
         queue_s = response.parameters["queue_s"].double_param
         compute_s = response.parameters["compute_s"].double_param
         # Who shared the batch shares its cost. Other servers of the protocol tell no times.
@@ -186,6 +186,17 @@ class Runners:
         for part, part_s in (("queue", queue_s), ("compute", compute_s), ("transfer", transfer_s)):
             STAGE_SECONDS.labels(stage, part).observe(part_s)
         return outputs
+
+    async def _ask(
+        self, stage: Stage, model: str, inputs: Tensors, timeout_s: float, metadata: Any
+    ) -> tuple[Any, dict[str, NDArray[Any]]]:
+        """Once; a runner beside this composer is lent memory, and nothing large is sent."""
+        ask = partial(self._infer[stage], timeout=timeout_s, metadata=metadata)
+        if not IS_HERE or stage in self._settings.remote_runners:
+            return decode_response(await ask(encode_request(model, inputs)))
+        with lent() as memory:
+            data = await ask(encode_request(model, inputs, memory))
+            return decode_response(data, memory.outputs)
 
     def _window_s(self, model: str, rows: int) -> float:
         """How long an answer may take: twice what a full queue before it costs, and some more."""

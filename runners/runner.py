@@ -122,7 +122,10 @@ class Runner:
         start_logging(self.stage, settings)
         self._end_tracing = start_tracing(self.stage, settings)
         self._inference = InferenceServer(
-            self.stage, settings.max_queue_rows, Workers(self.workers)
+            self.stage,
+            settings.max_queue_rows,
+            Workers(self.workers),
+            is_near=not settings.listen,
         )
         for model in await asyncio.to_thread(self._load_warm, settings):
             self._inference.add(model)

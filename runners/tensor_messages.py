@@ -12,6 +12,7 @@ Source: https://protobuf.dev/programming-guides/encoding
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ from tritonclient.grpc import service_pb2 as messages
 
 from remix.errors import InvalidOption, excerpt
 from remix.stages import Tensors
+from runners.shared_memory import BYTES, OFFSET, OUTPUTS, REGION, Lent, Region, opened
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
@@ -46,39 +48,94 @@ LENGTH = 2
 """The wire type of a field that has its length before it."""
 
 
-def encode_request(model: str, inputs: Tensors) -> bytes:
-    """Named arrays -> a ModelInferRequest."""
+def encode_request(model: str, inputs: Tensors, lent: Lent | None = None) -> bytes:
+    """Named arrays -> a ModelInferRequest, which names the memory that is lent for it."""
     message = messages.ModelInferRequest(model_name=model)
-    for name, array in inputs.items():
-        message.inputs.add(name=name, datatype=_datatype(array), shape=array.shape)
-    return _join(message, REQUEST_RAW, inputs.values())
+    if lent is None:
+        return _encode(message, message.inputs, REQUEST_RAW, inputs, None)
+    message.parameters[OUTPUTS].string_param = lent.outputs.name
+    return _encode(message, message.inputs, REQUEST_RAW, inputs, lent.inputs)
 
 
-def decode_request(data: bytes) -> tuple[Any, dict[str, NDArray[Any]]]:
-    """A ModelInferRequest -> the message without its raw contents, and named arrays.
+def decode_request(
+    data: bytes, held: ExitStack | None = None
+) -> tuple[Any, dict[str, NDArray[Any]], Region | None]:
+    """A ModelInferRequest -> the message without raw contents, named arrays, memory for the answer.
+
+    Args:
+        data: the message.
+        held: keeps that memory until the answer is written; none where callers may be elsewhere,
+            and send all in the message.
 
     Raises:
         InvalidOption: what was sent is no such message, or its tensors are not what they say.
     """
     message, raw = _split(messages.ModelInferRequest, REQUEST_RAW, data)
-    return message, _arrays(message.inputs, raw)
+    if OUTPUTS not in message.parameters:
+        return message, _arrays(message.inputs, raw), None
+    if held is None:
+        raise InvalidOption(
+            "This runner listens on a network: it takes no memory of its callers.",
+            value=OUTPUTS,
+            limit="no such parameter",
+            remedy="Send the tensors in the message.",
+        )
+    answer = held.enter_context(opened(message.parameters[OUTPUTS].string_param))
+    with ExitStack() as regions:
+        names = [tensor.parameters[REGION].string_param for tensor in message.inputs]
+        memory = {name: regions.enter_context(opened(name)) for name in set(names)}
+        contents = [
+            _lying(tensor, memory[name]) for tensor, name in zip(message.inputs, names, strict=True)
+        ]
+    return message, _arrays(message.inputs, contents), answer
 
 
-def encode_response(message: Any, outputs: Tensors) -> bytes:
+def encode_response(message: Any, outputs: Tensors, region: Region | None = None) -> bytes:
     """A ModelInferResponse without tensors, named arrays -> the whole of it."""
-    for name, array in outputs.items():
-        message.outputs.add(name=name, datatype=_datatype(array), shape=array.shape)
-    return _join(message, RESPONSE_RAW, outputs.values())
+    return _encode(message, message.outputs, RESPONSE_RAW, outputs, region)
 
 
-def decode_response(data: bytes) -> tuple[Any, dict[str, NDArray[Any]]]:
+def decode_response(
+    data: bytes, region: Region | None = None
+) -> tuple[Any, dict[str, NDArray[Any]]]:
     """A ModelInferResponse -> the message without its raw contents, and named arrays.
 
     Raises:
         InvalidOption: see `decode_request`.
     """
     message, raw = _split(messages.ModelInferResponse, RESPONSE_RAW, data)
+    if region is not None:
+        raw = [_lying(tensor, region) for tensor in message.outputs]
     return message, _arrays(message.outputs, raw)
+
+
+def _encode(
+    message: Any, tensors: Any, field: int, arrays: Tensors, region: Region | None
+) -> bytes:
+    for name, array in arrays.items():
+        tensor = tensors.add(name=name, datatype=_datatype(array), shape=array.shape)
+        if region is not None:
+            offset, size = region.write(array)
+            tensor.parameters[REGION].string_param = region.name
+            tensor.parameters[OFFSET].int64_param = offset
+            tensor.parameters[BYTES].int64_param = size
+    return _join(message, field, arrays.values() if region is None else ())
+
+
+def _lying(tensor: Any, region: Region) -> memoryview:
+    """The contents of a tensor in memory."""
+    memory = region.contents
+    begin = tensor.parameters[OFFSET].int64_param
+    end = begin + tensor.parameters[BYTES].int64_param
+    if not 0 <= begin <= end <= len(memory):
+        raise InvalidOption(
+            f"Tensor {excerpt(tensor.name)} is said to lie at {begin} to {end} of {len(memory)} "
+            "bytes of memory.",
+            value=[begin, end],
+            limit=len(memory),
+            remedy="Say where it lies.",
+        )
+    return memory[begin:end]
 
 
 def _join(message: Any, field: int, arrays: Iterable[NDArray[Any]]) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as messages
 
 from remix.errors import InvalidOption
+from runners.shared_memory import OFFSET, OUTPUTS, lent
 from runners.tensor_messages import (
     NUMPY_DTYPES,
     decode_request,
@@ -44,7 +47,7 @@ def test_request_is_what_protobuf_reads_and_writes(
     assert theirs.model_name == model
     assert list(theirs.raw_input_contents) == [array.tobytes() for array in inputs.values()]
     assert theirs.SerializeToString() == data
-    message, found = decode_request(theirs.SerializeToString())
+    message, found, _ = decode_request(theirs.SerializeToString())
     assert message.model_name == model
     assert same(found, inputs)
     assert all(array.flags.aligned for array in found.values())
@@ -68,14 +71,14 @@ def test_fields_may_come_in_any_order() -> None:
     message = messages.ModelInferRequest(model_name="m")
     message.inputs.add(name="x", datatype="FP32", shape=[3])
     raw = messages.ModelInferRequest(raw_input_contents=[x.tobytes()]).SerializeToString()
-    _, found = decode_request(raw + message.SerializeToString())
+    _, found, _ = decode_request(raw + message.SerializeToString())
     np.testing.assert_array_equal(found["x"], x)
 
 
 @given(st.binary(max_size=200))
 def test_bytes_of_any_kind_are_refused_or_read_as_protobuf_reads_them(data: bytes) -> None:
     try:
-        message, _ = decode_request(data)
+        message, _, _ = decode_request(data)
     except InvalidOption:
         return
     theirs = messages.ModelInferRequest.FromString(data)
@@ -86,7 +89,57 @@ def test_request_that_is_cut_short_has_no_tensor() -> None:
     data = encode_request("m", {"x": np.zeros(100, np.float32)})
     for length in range(len(data)):
         try:
-            _, found = decode_request(data[:length])
+            _, found, _ = decode_request(data[:length])
         except InvalidOption:
             continue
         assert not found
+
+
+@given(tensors, tensors)
+def test_lent_memory_holds_what_a_message_would(
+    inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]
+) -> None:
+    with lent() as memory, ExitStack() as held:
+        request = encode_request("m", inputs, memory)
+        _, found, answer = decode_request(request, held)
+        assert same(found, inputs)
+        response = encode_response(messages.ModelInferResponse(), outputs, answer)
+        _, found_outputs = decode_response(response, memory.outputs)
+    assert same(found_outputs, outputs)  # and stays when nobody lends it any more
+    assert max(len(request), len(response)) < 1000
+
+
+def test_memory_of_a_call_that_is_over_is_never_another_calls() -> None:
+    with lent() as memory:
+        late = encode_request("m", {"x": np.zeros(3, np.float32)}, memory)
+        number = memory.outputs.name.split(":")[0]
+    with lent() as memory, ExitStack() as held:
+        assert memory.outputs.name.split(":")[0] == number  # the descriptor has come again
+        with pytest.raises(InvalidOption, match="no memory"):
+            decode_request(late, held)
+        assert len(memory.outputs.contents) == 0
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "/proc/1/fd/0", "/proc/self/fd/1:3", "../x:1"])
+def test_name_of_no_memory_is_refused(name: str) -> None:
+    with lent() as memory, ExitStack() as held:
+        request, _, _ = decode_request(encode_request("m", {}, memory), held)
+        request.parameters[OUTPUTS].string_param = name
+        with pytest.raises(InvalidOption, match="no memory"):
+            decode_request(request.SerializeToString(), held)
+
+
+def test_tensor_that_lies_outside_of_its_memory_is_refused() -> None:
+    with lent() as memory, ExitStack() as held:
+        data = encode_request("m", {"x": np.zeros(100, np.float32)}, memory)
+        request = messages.ModelInferRequest.FromString(data)
+        request.inputs[0].parameters[OFFSET].int64_param = 64
+        with pytest.raises(InvalidOption, match="lie at 64 to 464 of 400"):
+            decode_request(request.SerializeToString(), held)
+
+
+def test_runner_on_a_network_takes_no_memory() -> None:
+    with lent() as memory:
+        data = encode_request("m", {"x": np.zeros(3, np.float32)}, memory)
+        with pytest.raises(InvalidOption, match="listens on a network"):
+            decode_request(data)
