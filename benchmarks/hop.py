@@ -3,9 +3,9 @@
     python -m benchmarks.hop [--rounds 40]
 
 A window of HTDemucs goes to a runner whose model takes no time (2.8 MB there, 11 MB back), as the
-composer calls the runners beside it, and in turn as generated code calls a generated server over a
-unix socket. Besides, how long a call holds up the event loop: the longest time in which nothing else
-had a turn. Writes benchmarks/results/hop.json.
+composer calls the runners beside it, and in turn as generated code calls a generated server over
+a unix socket. Besides, how long a call holds up the event loop: the longest time in which nothing
+else had a turn. Writes benchmarks/results/hop.json.
 """
 
 from __future__ import annotations
