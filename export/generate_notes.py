@@ -36,6 +36,7 @@ from export.array_names import require_same_names
 from export.band_transformer import BandTransformer, Block, ModelSize
 from export.exporter import Architecture, Arrays, Case, Original, ServedCall
 from export.random_weights import fill_at_random
+from export.read_arrays import why_unread
 from remix.errors import InvalidModel
 from remix.note_tokens import VOCABULARY_HASH
 from remix.stages import Tensors
@@ -235,7 +236,7 @@ def load_model(checkpoint: Path) -> tuple[BandTransformer, dict[str, float]]:
         weights = {name: tensor.half().float() for name, tensor in state["model"].items()}
         trained = {**state["log"][-1], "step": state["step"]}
     except Exception as error:  # torch's unpickler raises whatever the bytes make it raise
-        reason = str(error).split("\n\n")[0]
+        reason = why_unread(error)
         raise InvalidModel(
             f"{checkpoint} is no checkpoint of training.generate_notes, and nothing in it was "
             f"executed: {reason}"

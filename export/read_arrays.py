@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -146,3 +147,14 @@ def _read_safetensors(data: bytes) -> Arrays:
         dtype = _SAFETENSORS_DTYPES[row["dtype"]]
         arrays[name] = np.frombuffer(content[begin:end], dtype).reshape(row["shape"])
     return arrays
+
+
+def why_unread(error: Exception) -> str:
+    """What torch says of a file that it does not load, without its advice to execute it.
+
+    >>> why_unread(EOFError())
+    'EOFError'
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    found = re.search(r"WeightsUnpickler error: (.+?)(?:\.? Please|\n|$)", text)
+    return found[1] if found else text.split("\n")[0] or type(error).__name__

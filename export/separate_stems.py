@@ -31,7 +31,7 @@ from export.array_names import require_same_names
 from export.exporter import Architecture, Arrays, Case, Original
 from export.fill_weights import empty
 from export.htdemucs import HTDemucsBag, HTDemucsGraph
-from export.read_arrays import read_arrays
+from export.read_arrays import read_arrays, why_unread
 from export.real_audio import song
 from export.spleeter import N_BINS, VocalsMask
 from export.trace import Axes, outputs_of_scope, to_onnx, to_torchscript
@@ -388,7 +388,7 @@ def _read_pickled_package(content: bytes, path: Path) -> dict[str, Any]:
             package: dict[str, Any] = torch.load(io.BytesIO(content), "cpu", weights_only=True)
         return dict(package)
     except Exception as error:  # torch's unpickler raises whatever the bytes make it raise
-        reason = str(error).split("Please file an issue")[0].split("\n\n")[0]
+        reason = why_unread(error)
         raise InvalidModel(
             f"{path} is no checkpoint of an HTDemucs, and nothing in it was executed: {reason}"
         ) from error

@@ -665,3 +665,4 @@ class _Work:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()  # one that was cancelled refers to this, and its results to much

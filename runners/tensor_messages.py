@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2 as messages
 
 from remix.errors import InvalidOption, excerpt
 from remix.stages import Tensors
-from runners.shared_memory import BYTES, OFFSET, OUTPUTS, REGION, Lent, Region, opened
+from runners.shared_memory import BYTES, INPUTS, OFFSET, OUTPUTS, Lent, Region, opened
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
@@ -44,6 +44,9 @@ CONTENTS = {
 REQUEST_RAW = messages.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 RESPONSE_RAW = messages.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 
+MAX_BYTES = 1 << 30
+"""Of a tensor in memory: more than a message may have."""
+
 LENGTH = 2
 """The wire type of a field that has its length before it."""
 
@@ -53,6 +56,7 @@ def encode_request(model: str, inputs: Tensors, lent: Lent | None = None) -> byt
     message = messages.ModelInferRequest(model_name=model)
     if lent is None:
         return _encode(message, message.inputs, REQUEST_RAW, inputs, None)
+    message.parameters[INPUTS].string_param = lent.inputs.name
     message.parameters[OUTPUTS].string_param = lent.outputs.name
     return _encode(message, message.inputs, REQUEST_RAW, inputs, lent.inputs)
 
@@ -81,12 +85,8 @@ def decode_request(
             remedy="Send the tensors in the message.",
         )
     answer = held.enter_context(opened(message.parameters[OUTPUTS].string_param))
-    with ExitStack() as regions:
-        names = [tensor.parameters[REGION].string_param for tensor in message.inputs]
-        memory = {name: regions.enter_context(opened(name)) for name in set(names)}
-        contents = [
-            _lying(tensor, memory[name]) for tensor, name in zip(message.inputs, names, strict=True)
-        ]
+    with opened(message.parameters[INPUTS].string_param) as memory:
+        contents = [_lying(tensor, memory) for tensor in message.inputs]
     return message, _arrays(message.inputs, contents), answer
 
 
@@ -116,7 +116,6 @@ def _encode(
         tensor = tensors.add(name=name, datatype=_datatype(array), shape=array.shape)
         if region is not None:
             offset, size = region.write(array)
-            tensor.parameters[REGION].string_param = region.name
             tensor.parameters[OFFSET].int64_param = offset
             tensor.parameters[BYTES].int64_param = size
     return _join(message, field, arrays.values() if region is None else ())
@@ -124,18 +123,17 @@ def _encode(
 
 def _lying(tensor: Any, region: Region) -> memoryview:
     """The contents of a tensor in memory."""
-    memory = region.contents
-    begin = tensor.parameters[OFFSET].int64_param
-    end = begin + tensor.parameters[BYTES].int64_param
-    if not 0 <= begin <= end <= len(memory):
+    begin, size = tensor.parameters[OFFSET].int64_param, tensor.parameters[BYTES].int64_param
+    is_right = begin >= 0 and 0 <= size <= MAX_BYTES
+    if not is_right or len(contents := region.read(begin, size)) != size:
         raise InvalidOption(
-            f"Tensor {excerpt(tensor.name)} is said to lie at {begin} to {end} of {len(memory)} "
-            "bytes of memory.",
-            value=[begin, end],
-            limit=len(memory),
+            f"Tensor {excerpt(tensor.name)} is said to have {size} bytes at {begin} of its memory, "
+            "where they are not.",
+            value=[begin, size],
+            limit=MAX_BYTES,
             remedy="Say where it lies.",
         )
-    return memory[begin:end]
+    return contents
 
 
 def _join(message: Any, field: int, arrays: Iterable[NDArray[Any]]) -> bytes:

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"remix", "export"},
     "chaos": {"load_tests", "remix_v1"},
     "deploy": set(),
-    "benchmarks": OURS - {"tests", "load_tests", "chaos", "deploy"},
+    "benchmarks": OURS - {"tests", "chaos", "deploy"},
     "tests": OURS,
 }
 """Which of ours each of ours may import, beside itself."""

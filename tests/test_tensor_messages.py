@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,10 +119,10 @@ def test_memory_of_a_call_that_is_over_is_never_another_calls() -> None:
         assert memory.outputs.name.split(":")[0] == number  # the descriptor has come again
         with pytest.raises(InvalidOption, match="no memory"):
             decode_request(late, held)
-        assert len(memory.outputs.contents) == 0
+        assert len(memory.outputs.read(0, 1)) == 0
 
 
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "/proc/1/fd/0", "/proc/self/fd/1:3", "../x:1"])
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "/proc/1/fd/0", "/proc/self/fd/1:3:4"])
 def test_name_of_no_memory_is_refused(name: str) -> None:
     with lent() as memory, ExitStack() as held:
         request, _, _ = decode_request(encode_request("m", {}, memory), held)
@@ -129,12 +131,35 @@ def test_name_of_no_memory_is_refused(name: str) -> None:
             decode_request(request.SerializeToString(), held)
 
 
+def test_file_in_the_place_of_memory_is_left_alone(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file, lent() as memory, ExitStack() as held:
+        request = messages.ModelInferRequest.FromString(encode_request("m", {}, memory))
+        _, device, inode = memory.outputs.name.split(":")
+        name = f"/proc/{os.getpid()}/fd/{file.fileno()}:{device}:{inode}"
+        request.parameters[OUTPUTS].string_param = name
+        with pytest.raises(InvalidOption, match="no memory"):
+            decode_request(request.SerializeToString(), held)
+
+
+def test_nothing_of_a_call_is_open_when_it_is_over() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = []
+    for _ in range(3):
+        with lent() as memory, ExitStack() as held:
+            data = encode_request("m", {"x": np.ones(1000, np.float32)}, memory)
+            _, inputs, answer = decode_request(data, held)
+            data = encode_response(messages.ModelInferResponse(), inputs, answer)
+            kept.append((inputs, decode_response(data, memory.outputs)[1]))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(same(inputs, outputs) for inputs, outputs in kept)
+
+
 def test_tensor_that_lies_outside_of_its_memory_is_refused() -> None:
     with lent() as memory, ExitStack() as held:
         data = encode_request("m", {"x": np.zeros(100, np.float32)}, memory)
         request = messages.ModelInferRequest.FromString(data)
         request.inputs[0].parameters[OFFSET].int64_param = 64
-        with pytest.raises(InvalidOption, match="lie at 64 to 464 of 400"):
+        with pytest.raises(InvalidOption, match="400 bytes at 64 of its memory"):
             decode_request(request.SerializeToString(), held)
 
 
