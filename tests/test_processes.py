@@ -53,6 +53,21 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def await_port(port: int | None, within_s: float) -> None:
+    """Until it is free: a process' sockets go with its last thread, after it looks dead."""
+    until_s = time.monotonic() + within_s
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                assert time.monotonic() < until_s, f"port {port} is still taken"
+            else:
+                return
+        time.sleep(0.05)
+
+
 def await_end(pids: list[int], within_s: float) -> None:
     until_s = time.monotonic() + within_s
     while left := [pid for pid in pids if is_alive(pid)]:
@@ -116,9 +131,7 @@ def test_nothing_outlives_the_first_process_that_is_killed(
         assert len(pids) >= 7  # it, the composer, five runners
         os.kill(server.pid, signal.SIGKILL)
         await_end(pids, 10.0)
-        with socket.socket() as probe:  # its successor can have the port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", urlsplit(server.url).port))
+        await_port(urlsplit(server.url).port, 10.0)  # its successor can have it
     assert list(runtime_dir.iterdir()) != []  # what it left; see the next test
 
 
