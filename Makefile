@@ -126,7 +126,7 @@ gpu-check: .venv-chart/installed  ## what the GPU image installs, resolved and n
 
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results
-	rm -rf .venv .venv-dev .venv-load .venv-chart .models .cache out build *.egg-info
+	rm -rf .venv .venv-dev .venv-load .venv-batchers .venv-chart .models .cache out build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -74,7 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.model} was not exported. {error}", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"{options.model} was not exported: {error}", file=sys.stderr)
+        print(
+            f"{options.model} was not exported: {error.filename}: {error.strerror}. Give files "
+            "that can be read and folders that can be written.",
+            file=sys.stderr,
+        )
         return 3
 
 

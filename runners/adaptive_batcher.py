@@ -285,7 +285,9 @@ class AdaptiveBatcher:
         """Fail the request that fails by itself; the others of its batch are computed again."""
         if len(batch) > 1:
             for request in batch:
-                if not request.future.done():
+                if request.future.done():
+                    self._count(request, "wasted")
+                else:
                     await self._run([request])
             return
         [request] = batch

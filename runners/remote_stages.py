@@ -25,7 +25,7 @@ from runners.error_details import KEY, decode_error
 from runners.inference_protocol import CHANNEL_OPTIONS, SERVICE, STATUS
 from runners.processes import end_hung, enter, forget_the_dead
 from runners.retry import RetryBudget, StageHealth, Tries, Trouble
-from runners.shared_memory import IS_HERE, lent
+from runners.shared_memory import IS_HERE, Region, lent
 from runners.tensor_messages import decode_response, encode_request
 from telemetry import traces
 from telemetry.exposition import SECONDS
@@ -193,10 +193,10 @@ class Runners:
         """Once; a runner beside this composer is lent memory, and nothing large is sent."""
         ask = partial(self._infer[stage], timeout=timeout_s, metadata=metadata)
         if not IS_HERE or stage in self._settings.remote_runners:
-            return decode_response(await ask(encode_request(model, inputs)))
+            return _read(stage, await ask(encode_request(model, inputs)))
         with lent() as memory:
             data = await ask(encode_request(model, inputs, memory))
-            return decode_response(data, memory.outputs)
+            return _read(stage, data, memory.outputs)
 
     def _window_s(self, model: str, rows: int) -> float:
         """How long an answer may take: twice what a full queue before it costs, and some more."""
@@ -271,3 +271,18 @@ class RemoteInfer:
         """See `remix.stages.Infer`."""
         outputs: dict[str, NDArray[Any]] = await self._runners.call(model, inputs, self.times)
         return outputs
+
+
+def _read(
+    stage: Stage, data: bytes, memory: Region | None = None
+) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """A runner's answer; one that cannot be read is the runner's fault, not the caller's."""
+    try:
+        return decode_response(data, memory)
+    except errors.InvalidOption as error:
+        raise errors.ModelFailed(
+            f"The answer of the runner {stage} cannot be read: {error.message}",
+            value=error.value,
+            limit=error.limit,
+            remedy="Run the same version of everything.",
+        ) from error

@@ -3,8 +3,8 @@
 Inference may be repeated: it changes nothing, and the same window has the same result. Why a call
 ended decides:
 
-    lost    the connection broke, the runner died, or it stops: again, when a runner answers; not
-            for longer than the patience, and not more often than a window may kill its runner
+    lost    the connection broke, the runner died, or it stops: again, when a runner answers, if
+            it does within the patience; not more often than a window may kill its runner
     full    its queue takes no more: again after a pause, for as long as the caller waits
     slow    there was no answer within the window's time: once again
 
@@ -128,7 +128,7 @@ class Tries:
     Args:
         budget: that repetitions draw on.
         health: of the runner that is called.
-        patience_s: how long a runner may be away.
+        patience_s: how long a runner may be away, each time that it is.
     """
 
     def __init__(self, budget: RetryBudget, health: StageHealth, patience_s: float) -> None:
@@ -136,7 +136,6 @@ class Tries:
         self._health = health
         self._patience_s = patience_s
         self._counts: dict[Trouble, int] = {"lost": 0, "full": 0, "slow": 0}
-        self._lost_s = 0.0
         budget.earn()
 
     async def again(self, trouble: Trouble, error: RemixError) -> None:
@@ -149,8 +148,6 @@ class Tries:
         self._counts[trouble] += 1
         if trouble == "lost":
             self._health.doubt()
-            if self._counts["lost"] == 1:
-                self._lost_s = time.monotonic()
             if self._counts["lost"] >= MAX_LOST or not await self._answers_in_time():
                 raise error
         elif trouble == "slow" and self._counts["slow"] >= MAX_SLOW:
@@ -161,7 +158,7 @@ class Tries:
 
     async def _answers_in_time(self) -> bool:
         try:
-            async with asyncio.timeout(self._lost_s + self._patience_s - time.monotonic()):
+            async with asyncio.timeout(self._patience_s):
                 await self._health.answers()
         except TimeoutError:
             return False

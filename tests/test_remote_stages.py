@@ -70,8 +70,8 @@ async def doubled(runners: Runners, value: float) -> int:
     return int(outputs["pid"][0])
 
 
-Answer = Callable[[Any], Awaitable[None]]
-"""Ends a call by itself, or lets it be answered."""
+Answer = Callable[[Any], Awaitable[bytes | None]]
+"""Ends a call by itself, answers it, or lets it be answered."""
 
 
 @asynccontextmanager
@@ -81,8 +81,8 @@ async def scripted(script: list[Answer]) -> AsyncIterator[tuple[str, list[float]
 
     async def infer(_: bytes, context: Any) -> bytes:
         calls.append(time.monotonic())
-        if script:
-            await script.pop(0)(context)
+        if script and (answer := await script.pop(0)(context)) is not None:
+            return answer
         return encode_response(
             messages.ModelInferResponse(model_name=MODEL),
             {"y": np.full((1, 3), 2, np.float32), "pid": np.array([os.getpid()])},
@@ -119,6 +119,10 @@ async def is_full(context: Any) -> None:
 
 async def hangs(context: Any) -> None:
     await asyncio.sleep(1e6)
+
+
+async def babbles(context: Any) -> bytes:
+    return b"no message"
 
 
 def leaves(kind: type[errors.RemixError]) -> list[type[errors.RemixError]]:
@@ -202,6 +206,23 @@ def test_call_outlives_the_runner_that_is_killed_and_started_again(tmp_path: Pat
     asyncio.run(scenario(free_address()))
 
 
+def test_runner_that_is_lost_twice_has_the_whole_patience_twice(tmp_path: Path) -> None:
+    """A long window outlives its first trouble."""
+
+    async def goes_away_late(context: Any) -> None:
+        await asyncio.sleep(2.0)
+        await goes_away(context)
+
+    async def scenario() -> None:
+        async with (
+            scripted([goes_away, goes_away_late]) as (address, _),
+            runners_of(settings_for(address, tmp_path, runner_patience_s=2.0)) as runners,
+        ):
+            await doubled(runners, 1)
+
+    asyncio.run(scenario())
+
+
 def test_runner_that_stays_away_fails_the_call_when_patience_ends(tmp_path: Path) -> None:
     async def scenario() -> None:
         settings = settings_for(free_address(), tmp_path, runner_patience_s=0.5)
@@ -265,6 +286,18 @@ def test_full_queue_is_waited_for_with_growing_pauses(tmp_path: Path) -> None:
             pauses = np.diff(calls)
             assert len(pauses) == 3
             assert (pauses >= [0.05, 0.1, 0.2]).all()  # a quarter of the longest, at least
+
+    asyncio.run(scenario())
+
+
+def test_answer_that_cannot_be_read_is_the_runners_fault(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            scripted([babbles]) as (address, _),
+            runners_of(settings_for(address, tmp_path)) as runners,
+        ):
+            with pytest.raises(errors.ModelFailed, match="cannot be read"):
+                await doubled(runners, 1)
 
     asyncio.run(scenario())
 
