@@ -14,8 +14,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,14 @@ QUEUE_SECONDS = Histogram(
     "philharmonics_queue_seconds", "Time a request waited for a worker", ["model"], buckets=SECONDS
 )
 COMPUTE_SECONDS = Histogram(
-    "philharmonics_compute_seconds", "Time a batch took to compute", ["model"], buckets=SECONDS
+    "philharmonics_compute_seconds",
+    "Time a batch took to compute; a request, where requests come and go between steps",
+    ["model"],
+    buckets=SECONDS,
 )
 BATCH_WINDOWS = Histogram(
     "philharmonics_batch_windows",
-    "Windows in a batch",
+    "Windows in a batch; where they come and go, beside how many one was computed on average",
     ["model"],
     buckets=(1, 2, 4, 8, 16, 32, 64),
 )
@@ -63,8 +67,7 @@ WINDOWS = Counter(
 WINDOW_OUTCOMES = ("computed", "cancelled", "overdue", "wasted", "failed")
 PADDING_WINDOWS = Counter(
     "philharmonics_padding_windows",
-    "Computed padding, as parts of a window: silence behind a song's end, prompts filled up to "
-    "the longest of a batch",
+    "Computed padding, as parts of a window: silence behind a song's end",
     ["model"],
 )
 REQUESTS = Counter(
@@ -97,7 +100,9 @@ class Timing:
 
 
 @dataclass(eq=False)
-class _Request:
+class Request:
+    """One that waits or is computed."""
+
     inputs: Tensors
     rows: int
     signature: tuple[Any, ...]
@@ -113,6 +118,24 @@ class Workers:
         """Make room for `count` batches at once."""
         self.executor: Executor = ThreadPoolExecutor(count, thread_name_prefix="compute")
         self.free = asyncio.Semaphore(count)
+        self._claimants: list[object] = []
+
+    @asynccontextmanager
+    async def one_for(self, claimant: object) -> AsyncIterator[None]:
+        """A worker, when one is free."""
+        self._claimants.append(claimant)
+        try:
+            await self.free.acquire()
+        finally:
+            self._claimants.remove(claimant)
+        try:
+            yield
+        finally:
+            self.free.release()
+
+    def are_wanted_besides(self, claimant: object) -> bool:
+        """Whether somebody else waits for one."""
+        return any(other is not claimant for other in self._claimants)
 
 
 class AdaptiveBatcher:
@@ -144,7 +167,7 @@ class AdaptiveBatcher:
         self._max_batch_rows = max_batch_rows
         self._max_queue_rows = max_queue_rows
         self._padding = padding
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[Request] = deque()
         self._dispatches: set[asyncio.Task[None]] = set()
         # What has not happened yet is 0, not unknown: a rate sees the first of it.
         PADDING_WINDOWS.labels(name)
@@ -180,7 +203,7 @@ class AdaptiveBatcher:
                 remedy="Try again later, or start another runner.",
             )
         signature = tuple((n, a.dtype.str, a.shape[1:]) for n, a in sorted(inputs.items()))
-        request = _Request(
+        request = Request(
             inputs,
             rows,
             signature,
@@ -205,14 +228,14 @@ class AdaptiveBatcher:
         REQUESTS.labels(self._name, "done").inc()
         return result
 
-    def _drop(self, request: _Request) -> None:
+    def _drop(self, request: Request) -> None:
         """Out of the queue, if it is there still: its place is somebody else's."""
         if request in self._waiting:
             self._waiting.remove(request)
             self._count(request, "cancelled")
             self.show_queue()
 
-    def _count(self, request: _Request, outcome: str) -> None:
+    def _count(self, request: Request, outcome: str) -> None:
         WINDOWS.labels(self._name, outcome).inc(request.rows)
 
     def show_queue(self) -> None:
@@ -223,23 +246,20 @@ class AdaptiveBatcher:
         QUEUE_AGE_SECONDS.labels(self._name).set(now_s - oldest_s)
 
     async def _dispatch(self) -> None:
-        async with self._workers.free:
+        async with self._workers.one_for(self):
             if batch := self._take():
                 await self._run(batch)
 
-    def _take(self) -> list[_Request]:
+    def _take(self) -> list[Request]:
         """The oldest live request and those that fit beside it, out of the queue."""
-        batch: list[_Request] = []
-        left: deque[_Request] = deque()
+        batch: list[Request] = []
+        left: deque[Request] = deque()
         rows = 0
         while self._waiting:
             request = self._waiting.popleft()
-            if request.future.done():  # its caller has gone, and is about to say so
-                self._count(request, "cancelled")
-            elif time.monotonic() > request.deadline_s:
-                self._count(request, "overdue")
-                request.future.set_exception(self._overdue(request))
-            elif not batch or (
+            if not self._is_live(request):
+                continue
+            if not batch or (
                 request.signature == batch[0].signature
                 and rows + request.rows <= self._max_batch_rows
             ):
@@ -251,7 +271,18 @@ class AdaptiveBatcher:
         self.show_queue()
         return batch
 
-    def _overdue(self, request: _Request) -> DeadlineExceeded:
+    def _is_live(self, request: Request) -> bool:
+        """Whether somebody still waits for it, as far as its deadline goes."""
+        if request.future.done():  # its caller has gone, and is about to say so
+            self._count(request, "cancelled")
+            return False
+        if time.monotonic() > request.deadline_s:
+            self._count(request, "overdue")
+            request.future.set_exception(self._overdue(request))
+            return False
+        return True
+
+    def _overdue(self, request: Request) -> DeadlineExceeded:
         waited_s = round(time.monotonic() - request.arrival_s, 3)
         given_s = round(request.deadline_s - request.arrival_s, 3)
         return DeadlineExceeded(
@@ -261,7 +292,7 @@ class AdaptiveBatcher:
             remedy="Give it longer, or try again later.",
         )
 
-    async def _run(self, batch: list[_Request]) -> None:
+    async def _run(self, batch: list[Request]) -> None:
         rows = sum(request.rows for request in batch)
         computing = COMPUTING_WINDOWS.labels(self._name)
         computing.inc(rows)
@@ -281,7 +312,7 @@ class AdaptiveBatcher:
                 self._count(request, "computed")
                 request.future.set_result((output, timing_of(request)))
 
-    async def _blame(self, batch: list[_Request], error: Exception) -> None:
+    async def _blame(self, batch: list[Request], error: Exception) -> None:
         """Fail the request that fails by itself; the others of its batch are computed again."""
         if len(batch) > 1:
             for request in batch:
@@ -290,7 +321,10 @@ class AdaptiveBatcher:
                 else:
                     await self._run([request])
             return
-        [request] = batch
+        self._fail(batch[0], error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Tell its caller, who may have gone."""
         self._count(request, "failed")
         if not isinstance(error, RemixError):
             _log.error("%s failed", self._name, exc_info=error)
@@ -299,8 +333,8 @@ class AdaptiveBatcher:
             request.future.set_exception(error)
 
     def _compute_batch(
-        self, batch: list[_Request]
-    ) -> tuple[list[dict[str, NDArray[Any]]], Callable[[_Request], Timing]]:
+        self, batch: list[Request]
+    ) -> tuple[list[dict[str, NDArray[Any]]], Callable[[Request], Timing]]:
         start_s = time.monotonic()
         rows = sum(request.rows for request in batch)
         inputs = batch[0].inputs

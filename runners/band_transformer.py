@@ -1,14 +1,15 @@
-"""bars to write -> their tokens: decodes the band transformer, one window of bars a row.
+"""bars to write -> their tokens: decodes the band transformer, windows of bars token by token.
 
-A window is stateless: its history is sent again, so that it can be retried, cancelled, batched
-with windows of other songs, or computed by another replica. Each bar of a row draws from its own
-random stream, made of the row's seed and the bar's index; with rows that never see each other in
-the graph, the same seed gives the same music whoever shares the batch.
+A window is stateless: its history is sent again, so that it can be retried, cancelled, written
+beside windows of other songs, or by another replica. Windows that are written at once share each
+step of the graph, and come and go between steps. Each bar draws from its own random stream, made
+of the window's seed and the bar's index; with rows that never see each other in the graph, the
+same seed gives the same music whoever else is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,12 @@ from remix.note_tokens import (
     encode_header,
 )
 from remix.stages import Tensors
-from runners.inference_protocol import ServedModel
+from runners.inference_protocol import SteppedModel
+from runners.step_batcher import Writer
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Step = Callable[[Tensors], dict[str, NDArray[Any]]]
+Graph = Callable[[Tensors], dict[str, NDArray[Any]]]
 
 TOKENS = Counter("philharmonics_generator_tokens", "Tokens that were written", ["model"])
 
@@ -49,24 +51,42 @@ CACHE_TOKENS = 128
 row's result does not depend on how long its neighbours are."""
 
 
+@dataclass(frozen=True, slots=True)
+class SampleOptions:
+    """How bold a sample is: temperature above 0, top-p in (0, 1]."""
+
+    temperature: float
+    top_p: float
+
+
 class Row:
-    """One window while it is being written.
+    """One window of bars while it is being written.
 
     Args:
         history: header and earlier bars.
         conditions: of the bars to write, in order.
         first_bar: index of the first of them in the song.
+        seed: of its randomness.
+        options: how bold its samples are.
     """
 
+    logits: Floats
+    """[V], after its last token."""
+
     def __init__(
-        self, history: list[int], conditions: list[BarConditions], first_bar: int, seed: int
+        self,
+        history: list[int],
+        conditions: list[BarConditions],
+        first_bar: int,
+        seed: int,
+        options: SampleOptions,
     ) -> None:
-        self.prompt = history
         self.tokens: list[int] = []
         self._beats_per_bar = decode_header(history).beats_per_bar
         self._conditions = conditions
         self._first_bar = first_bar
         self._seed = seed
+        self._options = options
         self._bar = -1
         self._forced: list[int] = []
         self._next_bar()
@@ -90,84 +110,174 @@ class Row:
         """Whether every bar is written."""
         return self._bar == len(self._conditions)
 
-    @property
-    def forced(self) -> int | None:
-        """The next token, where it is given."""
-        return self._forced[0] if self._forced else None
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """[V], the tokens that may be sampled next."""
-        return self._grammar.allowed()
-
-    def uniform(self) -> float:
-        """The random number that the next sample is drawn with."""
-        return next(self._uniform)
-
-    def push(self, token: int) -> None:
-        """Takes the next token, given or sampled."""
+    def write(self) -> int:
+        """The next token, given or sampled; it is the row's from here on."""
         if self._forced:
-            self._forced.pop(0)
+            token = self._forced.pop(0)
         else:
+            allowed = self._grammar.allowed()
+            token = sample(self.logits, allowed, self._options, next(self._uniform))
             self._grammar.push(token)
             if self._grammar.done:  # the sampled BAR is the first of the next bar's given tokens
                 self._next_bar()
                 self._forced = self._forced[1:]
                 if self.is_done:
-                    return
+                    return token
         self.tokens.append(token)
+        return token
 
 
 class Cache:
-    """Keys [B, D, P] and values [B, P, D] of every layer, grown as rows grow.
+    """Keys and values of the rows that are being written, in all layers; grown as they grow.
 
     Args:
         layers: of the transformer.
         channels: D, of a key.
-        lengths: [B], tokens that each row has already.
     """
 
-    def __init__(self, layers: int, channels: int, lengths: Ints) -> None:
-        self.lengths = lengths
+    def __init__(self, layers: int, channels: int) -> None:
         self._layers = range(layers)
-        self._keys = [np.zeros((len(lengths), channels, 0), np.float32) for _ in self._layers]
-        self._values = [np.zeros((len(lengths), 0, channels), np.float32) for _ in self._layers]
+        self._channels = channels
+        self._lengths: list[int] = []
+        self._make(rows=1, tokens=0)
 
-    def fill(self, result: Tensors) -> None:
-        """Takes the first pass: what pads the shorter rows is never looked at."""
-        room = -(-(int(self.lengths.max()) + 1) // CACHE_TOKENS) * CACHE_TOKENS
+    def _make(self, rows: int, tokens: int) -> None:
+        """Room for so many rows of so many tokens: [L, R, D, P] and [L, R, P, D]."""
+        shape = (len(self._layers), rows)
+        self._keys = np.zeros((*shape, self._channels, tokens), np.float32)
+        self._values = np.zeros((*shape, tokens, self._channels), np.float32)
+
+    def _fit(self) -> None:
+        """Room for one more token of each row, and not much more than that."""
+        rows, tokens = self._keys.shape[1], self._keys.shape[3]
+        if len(self._lengths) > rows:
+            rows *= 2
+        needed = -(-(max(self._lengths, default=0) + 1) // CACHE_TOKENS) * CACHE_TOKENS
+        if not needed <= tokens <= needed + 2 * CACHE_TOKENS:
+            tokens = needed
+        if (rows, tokens) == (self._keys.shape[1], self._keys.shape[3]):
+            return
+        keys, values = self._keys, self._values
+        self._make(rows, tokens)
+        for row, length in enumerate(self._lengths[: keys.shape[1]]):
+            kept = min(length, keys.shape[3])
+            self._keys[:, row, :, :kept] = keys[:, row, :, :kept]
+            self._values[:, row, :kept] = values[:, row, :kept]
+
+    def add(self, length: int, first_pass: Tensors) -> None:
+        """One more row, of so many tokens."""
+        self._lengths.append(length)
+        self._fit()
+        row = len(self._lengths) - 1
         for layer in self._layers:
-            key, value = result[f"key_{layer}"], result[f"value_{layer}"]
-            behind = (0, max(room - key.shape[2], 0))
-            self._keys[layer] = np.pad(key, ((0, 0), (0, 0), behind))
-            self._values[layer] = np.pad(value, ((0, 0), behind, (0, 0)))
+            self._keys[layer, row, :, :length] = first_pass[f"key_{layer}"][0]
+            self._values[layer, row, :length] = first_pass[f"value_{layer}"][0]
 
     def append(self, result: Tensors) -> None:
-        """Adds one token to each row."""
-        rows = np.arange(len(self.lengths))
+        """One more token of each row."""
         for layer in self._layers:
-            self._keys[layer][rows, :, self.lengths] = result[f"key_{layer}"][:, :, 0]
-            self._values[layer][rows, self.lengths] = result[f"value_{layer}"][:, 0]
-        self.lengths = self.lengths + 1
-        if int(self.lengths.max()) == self._keys[0].shape[2]:
-            behind = (0, CACHE_TOKENS)
-            self._keys = [np.pad(key, ((0, 0), (0, 0), behind)) for key in self._keys]
-            self._values = [np.pad(value, ((0, 0), behind, (0, 0))) for value in self._values]
+            keys, values = result[f"key_{layer}"], result[f"value_{layer}"]
+            for row, length in enumerate(self._lengths):
+                self._keys[layer, row, :, length] = keys[row, :, 0]
+                self._values[layer, row, length] = values[row, 0]
+        self._lengths = [length + 1 for length in self._lengths]
+        self._fit()
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forgets all rows but these."""
-        self._keys = [np.ascontiguousarray(key[rows]) for key in self._keys]
-        self._values = [np.ascontiguousarray(value[rows]) for value in self._values]
-        self.lengths = self.lengths[rows]
+    def remove(self, row: int) -> None:
+        """Forgets a row; the last one takes its place."""
+        last = len(self._lengths) - 1
+        length = self._lengths[last]
+        if row < last:
+            self._keys[:, row, :, :length] = self._keys[:, last, :, :length]
+            self._values[:, row, :length] = self._values[:, last, :length]
+            self._lengths[row] = length
+        self._lengths.pop()
+        self._fit()
 
     @property
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """As the graph takes them."""
-        keys = {f"past_key_{layer}": self._keys[layer] for layer in self._layers}
-        values = {f"past_value_{layer}": self._values[layer] for layer in self._layers}
-        return {**keys, **values}
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """As the graph takes them, for one more token of each row."""
+        rows = len(self._lengths)
+        lengths = np.array(self._lengths)
+        return {
+            "positions": lengths[:, None],
+            "last": np.zeros(rows, np.int64),
+            "past_length": lengths,
+            **{f"past_key_{layer}": self._keys[layer, :rows] for layer in self._layers},
+            **{f"past_value_{layer}": self._values[layer, :rows] for layer in self._layers},
+        }
 
 
-class BandTransformer(ServedModel):
+class BandWriter(Writer):
+    """Windows that are written together, a token of each a step."""
+
+    def __init__(self, name: str, graph: Graph, layers: int, channels: int) -> None:
+        """With none yet; `channels` are those of a key."""
+        self._name = name
+        self._graph = graph
+        nothing = np.zeros((1, channels, 0), np.float32)
+        self._no_past = {f"past_key_{layer}": nothing for layer in range(layers)}
+        self._no_past |= {f"past_value_{layer}": nothing.mT for layer in range(layers)}
+        self._cache = Cache(layers, channels)
+        self._rows: list[Row] = []
+        self._windows: dict[int, list[Row]] = {}
+
+    def join(self, key: int, inputs: Tensors) -> None:
+        """See `Writer.join`."""
+        rows = [_row(*arrays) for arrays in zip(*(inputs[n] for n in _ROW_INPUTS), strict=True)]
+        self._windows[key] = rows
+        for row in rows:
+            if row.is_done:
+                continue
+            n_tokens = len(row.prompt)
+            first_pass = self._graph({
+                **self._no_past,
+                "tokens": np.array([row.prompt]),
+                "positions": np.arange(n_tokens)[None],
+                "last": np.array([n_tokens - 1]),
+                "past_length": np.array([0]),
+            })  # fmt: skip
+            row.logits = first_pass["logits"][0]
+            self._cache.add(n_tokens, first_pass)
+            self._rows.append(row)
+
+    def leave(self, key: int) -> None:
+        """See `Writer.leave`."""
+        for row in self._windows.pop(key):
+            if row in self._rows:
+                self._remove(self._rows.index(row))
+
+    def step(self) -> dict[int, dict[str, NDArray[Any]]]:
+        """See `Writer.step`."""
+        tokens = [row.write() for row in self._rows]
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].is_done:
+                self._remove(place)
+                tokens[place] = tokens[-1]
+                tokens.pop()
+        if self._rows:
+            result = self._graph({"tokens": np.array(tokens)[:, None], **self._cache.inputs})
+            self._cache.append(result)
+            for row, logits in zip(self._rows, result["logits"], strict=True):
+                row.logits = logits
+        done = [key for key, rows in self._windows.items() if all(row.is_done for row in rows)]
+        return {key: self._outputs(self._windows.pop(key)) for key in done}
+
+    def _outputs(self, rows: list[Row]) -> dict[str, NDArray[Any]]:
+        tokens = np.full((len(rows), WINDOW_TOKENS), -1, np.int64)
+        for row, target in zip(rows, tokens, strict=True):
+            target[: len(row.tokens)] = row.tokens
+        TOKENS.labels(self._name).inc(sum(len(row.tokens) for row in rows))
+        return {"tokens": tokens}
+
+    def _remove(self, place: int) -> None:
+        """A row, whose place the last one takes."""
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+        self._cache.remove(place)
+
+
+class BandTransformer(SteppedModel):
     """The generator on windows.
 
     Inputs, [B, ...]:
@@ -190,7 +300,7 @@ class BandTransformer(ServedModel):
     )
     outputs = (TensorSpec("tokens", "INT64", (-1, WINDOW_TOKENS)),)
 
-    def __init__(self, name: str, step: Step, facts: dict[str, str], max_batch: int) -> None:
+    def __init__(self, name: str, graph: Graph, facts: dict[str, str], max_batch: int) -> None:
         """Wrap a graph that `export/generate_notes.py` wrote.
 
         Raises:
@@ -203,7 +313,7 @@ class BandTransformer(ServedModel):
             )
         self.name = name
         self.max_batch = max_batch
-        self._step = step
+        self._graph = graph
         self._layers = int(facts["layers"])
         self._channels = int(facts["channels"]) // int(facts["heads"])
 
@@ -219,94 +329,9 @@ class BandTransformer(ServedModel):
             "temperature": one, "top_p": one,
         })  # fmt: skip
 
-    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Write the windows of a batch.
-
-        Raises:
-            InvalidOption: a token, a temperature or a top-p that cannot be.
-        """
-        rows = [_row(*arrays) for arrays in zip(*(inputs[n] for n in _ROW_INPUTS), strict=True)]
-        temperature, top_p = inputs["temperature"], inputs["top_p"]
-        if not ((temperature > 0).all() and (top_p > 0).all() and (top_p <= 1).all()):
-            raise InvalidOption("temperature must be above 0, and top_p in (0, 1].")
-        self._write(rows, temperature, top_p)
-        tokens = np.full((len(rows), WINDOW_TOKENS), -1, np.int64)
-        for row, target in zip(rows, tokens, strict=True):
-            target[: len(row.tokens)] = row.tokens
-        TOKENS.labels(self.name).inc(int((tokens >= 0).sum()))
-        return {"tokens": tokens}
-
-    def padding(self, inputs: Tensors, outputs: Tensors) -> float:
-        """Prompts are filled up to the longest; who is done takes no further part in its batch."""
-        prompts = (inputs["history"] >= 0).sum(axis=1)
-        written = (outputs["tokens"] >= 0).sum(axis=1)
-        longest = prompts.max()
-        return float(((longest - prompts) / (longest + written)).sum())
-
-    def _write(self, rows: list[Row], temperature: Floats, top_p: Floats) -> None:
-        live = [index for index, row in enumerate(rows) if not row.is_done]
-        if not live:
-            return
-        logits, cache = self._first_pass([rows[index].prompt for index in live])
-        while True:
-            chosen = self._choose(
-                [rows[index] for index in live], logits, temperature[live], top_p[live]
-            )
-            for index, token in zip(live, chosen, strict=True):
-                rows[index].push(token)
-            left = [place for place, index in enumerate(live) if not rows[index].is_done]
-            if not left:
-                return
-            if len(left) < len(live):
-                cache.keep(left)
-                live = [live[place] for place in left]
-                chosen = [chosen[place] for place in left]
-            result = self._step({
-                "tokens": np.array(chosen)[:, None],
-                "positions": cache.lengths[:, None],
-                "last": np.zeros(len(live), np.int64),
-                "past_length": cache.lengths,
-                **cache.tensors,
-            })  # fmt: skip
-            cache.append(result)
-            logits = result["logits"]
-
-    def _first_pass(self, prompts: list[list[int]]) -> tuple[Floats, Cache]:
-        """Logits after each prompt, and the cache of all; shorter prompts are padded behind."""
-        lengths = np.array([len(prompt) for prompt in prompts])
-        tokens = np.zeros((len(prompts), int(lengths.max())), np.int64)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        cache = Cache(self._layers, self._channels, lengths)
-        result = self._step({
-            "tokens": tokens,
-            "positions": np.tile(np.arange(tokens.shape[1]), (len(prompts), 1)),
-            "last": lengths - 1,
-            "past_length": np.zeros(len(prompts), np.int64),
-            **cache.tensors,
-        })  # fmt: skip
-        cache.fill(result)
-        return result["logits"], cache
-
-    @staticmethod
-    def _choose(rows: list[Row], logits: Floats, temperature: Floats, top_p: Floats) -> list[int]:
-        """The next token of each row: the given one, or a sample."""
-        chosen = []
-        for place, row in enumerate(rows):
-            token = row.forced
-            if token is None:
-                options = SampleOptions(float(temperature[place, 0]), float(top_p[place, 0]))
-                token = sample(logits[place], row.allowed(), options, row.uniform())
-            chosen.append(token)
-        return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class SampleOptions:
-    """How bold a sample is: temperature above 0, top-p in (0, 1]."""
-
-    temperature: float
-    top_p: float
+    def writer(self) -> BandWriter:
+        """See `SteppedModel.writer`."""
+        return BandWriter(self.name, self._graph, self._layers, self._channels)
 
 
 def sample(
@@ -337,16 +362,26 @@ def sample(
     return int(tokens[order[min(rank, size - 1)]])
 
 
-_ROW_INPUTS = ("history", "conditions", "first_bar", "seed")
+_ROW_INPUTS = ("history", "conditions", "first_bar", "seed", "temperature", "top_p")
 _GIVEN_SPANS = tuple(SPANS[name] for name in ("chord", "chord", "density", "tracks"))
 
 
-def _row(history: Ints, conditions: Ints, first_bar: Ints, seed: Ints) -> Row:
+def _row(
+    history: Ints,
+    conditions: Ints,
+    first_bar: Ints,
+    seed: Ints,
+    temperature: Floats,
+    top_p: Floats,
+) -> Row:
     """A row from its arrays.
 
     Raises:
-        InvalidOption: a token out of its place.
+        InvalidOption: a token out of its place, a temperature or a top-p that cannot be.
     """
+    options = SampleOptions(float(temperature[0]), float(top_p[0]))
+    if not (options.temperature > 0 and 0 < options.top_p <= 1):
+        raise InvalidOption("temperature must be above 0, and top_p in (0, 1].")
     tokens = history[history >= 0].tolist()
     header = tokens[:HEADER_TOKENS]
     if len(header) < HEADER_TOKENS or not (
@@ -358,7 +393,7 @@ def _row(history: Ints, conditions: Ints, first_bar: Ints, seed: Ints) -> Row:
     if first_bar[0] < 0 or seed[0] < 0:
         raise InvalidOption(f"first_bar is {first_bar[0]} and seed {seed[0]}: send 0 or more.")
     bars = [_bar_conditions(given) for given in conditions.tolist() if given[0] >= 0]
-    return Row(tokens, bars, int(first_bar[0]), int(seed[0]))
+    return Row(tokens, bars, int(first_bar[0]), int(seed[0]), options)
 
 
 def _bar_conditions(given: list[int]) -> BarConditions:

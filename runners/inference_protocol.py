@@ -22,6 +22,7 @@ from remix.manifest import TensorSpec
 from remix.stages import Tensors
 from runners.adaptive_batcher import AdaptiveBatcher, Timing, Workers
 from runners.error_details import KEY, encode_error, text_of
+from runners.step_batcher import StepBatcher, Writer
 from runners.tensor_messages import NUMPY_DTYPES, decode_request, encode_response
 from telemetry.traces import caller_in, past_part, serving
 
@@ -76,6 +77,17 @@ class ServedModel(ABC):
         """How many windows' worth of a batch was padding, where that costs anything."""
         return 0.0
 
+    def batcher(self, workers: Workers, max_queue_rows: int) -> AdaptiveBatcher:
+        """What merges its requests."""
+        return AdaptiveBatcher(
+            self.name,
+            self,
+            workers,
+            max_batch_rows=self.max_batch,
+            max_queue_rows=max_queue_rows,
+            padding=self.padding,
+        )
+
     def warm_up(self) -> None:
         """Compute once, so that the first caller does not wait for what is done once."""
         self(
@@ -85,6 +97,33 @@ class ServedModel(ABC):
                 )
                 for spec in self.inputs
             }
+        )
+
+
+class SteppedModel(ServedModel):
+    """A model that writes token by token, with others who come and go between its steps."""
+
+    @abstractmethod
+    def writer(self) -> Writer:
+        """An empty one."""
+
+    def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """See `ServedModel.__call__`."""
+        writer = self.writer()
+        writer.join(0, inputs)
+        while not (done := writer.step()):
+            pass
+        return done[0]
+
+    def batcher(self, workers: Workers, max_queue_rows: int) -> AdaptiveBatcher:
+        """See `ServedModel.batcher`."""
+        return StepBatcher(
+            self.name,
+            self,
+            workers,
+            writer=self.writer,
+            max_batch_rows=self.max_batch,
+            max_queue_rows=max_queue_rows,
         )
 
 
@@ -130,14 +169,7 @@ class InferenceServer:
 
     def add(self, model: ServedModel) -> None:
         """Serve one more model, already warm."""
-        batcher = AdaptiveBatcher(
-            model.name,
-            model,
-            self._workers,
-            max_batch_rows=model.max_batch,
-            max_queue_rows=self._max_queue_rows,
-            padding=model.padding,
-        )
+        batcher = model.batcher(self._workers, self._max_queue_rows)
         self._models[model.name] = (model, batcher)
         self.is_ready = True
 

@@ -37,6 +37,7 @@ from remix.notes import ROLES, BeatGrid, Note, Tracks
 from remix.options import GenerateOptions
 from remix.settings import Settings
 from remix.stages import Tensors
+from runners.adaptive_batcher import Workers
 from runners.band_transformer import BandTransformer, SampleOptions, sample
 from runners.onnx_session import OnnxSession
 
@@ -150,6 +151,29 @@ def test_windows_are_the_same_in_any_company(writer: BandTransformer) -> None:
     alone = [writer(inputs)["tokens"] for inputs in windows]
     together = writer({name: np.concatenate([w[name] for w in windows]) for name in windows[0]})
     np.testing.assert_array_equal(together["tokens"], np.concatenate(alone))
+
+
+def test_windows_are_the_same_whoever_comes_and_goes(writer: BandTransformer) -> None:
+    """Eight at once on two workers, one of them cancelled half-way."""
+    windows = [window(seed, 1 + seed % WINDOW_BARS) for seed in range(8)]
+    windows[3] = window(3, WINDOW_BARS)
+    alone = [writer(inputs)["tokens"] for inputs in windows]
+
+    async def together() -> list[Any]:
+        batcher = writer.batcher(Workers(2), 100)
+        calls = [asyncio.create_task(batcher.submit(inputs)) for inputs in windows]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        assert calls[3].cancel()
+        results: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
+        return results
+
+    results = asyncio.run(together())
+    assert isinstance(results.pop(3), asyncio.CancelledError)
+    del alone[3]
+    for (outputs, timing), expected in zip(results, alone, strict=True):
+        np.testing.assert_array_equal(outputs["tokens"], expected)
+        assert timing.batch_rows <= writer.max_batch
+    assert max(timing.batch_rows for _, timing in results) > 1
 
 
 def test_given_conditions_stand_in_the_output_and_their_tracks_play(
