@@ -57,7 +57,7 @@ SERVICE_BENCHMARKS := admission jobs quote song_cost
 .PHONY: bench
 bench: export-environment  ## separation, remix and the small ones; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	for module in $(filter-out __init__ export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for module in $(filter-out __init__ export decoding paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
 
@@ -68,6 +68,11 @@ export-check: export-environment  ## every architecture at full size: exported, 
 .PHONY: bench-export
 bench-export: export-environment  ## what is served against the originals' own calls, in turn
 	@.venv-dev/bin/python -m benchmarks.export
+
+.PHONY: bench-generate
+bench-generate: export-environment  ## tokens a second: the generator against Hugging Face `generate`
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@.venv-dev/bin/python -m benchmarks.decoding
 
 .PHONY: bench-service
 bench-service: export-environment  ## jobs, overload, quotes, what a song costs: against servers of its own

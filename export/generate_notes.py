@@ -3,8 +3,8 @@
 One graph serves the first pass over a history (S tokens) and every later step (1 token):
 
     tokens [B, S], positions [B, S], last [B], past_length [B],
-    past_key_i [B, D, P], past_value_i [B, P, D] of each layer
-        -> logits [B, V] after token `last`, key_i [B, D, S], value_i [B, S, D] of the new tokens
+    past_key_i [B, 1, D, P], past_value_i [B, 1, P, D] of each layer
+        -> logits [B, V] after token `last`, key_i [B, 1, D, S], value_i [B, 1, S, D] of the new ones
 
 The cache belongs to the caller, who writes the new keys and values behind the old ones; rows may
 hold different lengths, what lies behind `past_length` is never looked at, and new tokens that pad
@@ -91,9 +91,9 @@ class TransformerGraph(GraphWriter):
         self.size = model.size
         self.epsilon = self.constant(1e-6, np.float32)
         self.two = self.constant(2.0, np.float32)
-        self.rows = self.constant([0, -1, self.size.head_channels])  # [B, S * heads, D]
         self.heads = self.constant([0, 0, self.size.heads + 1, self.size.head_channels])
-        self.merged = self.constant([0, -1, self.size.channels])
+        self.merged = self.constant([0, 0, self.size.channels])
+        self.one = self.constant([1])
         self._angles()
         self._masks()
         embedding = self.weight(model.embedding.weight, "embedding")
@@ -117,23 +117,18 @@ class TransformerGraph(GraphWriter):
         self.cos, self.sin = self.node("Cos", angle), self.node("Sin", angle)
 
     def _masks(self) -> None:
-        """What is added to the scores against the cache [B, 1, P] and the new tokens [1, H S, S].
-
-        Rows of a score are (token, head), token first.
-        """
+        """What is added to the scores: against the cache [B, 1, 1, P], the new tokens [S, S]."""
         zero, one = self.constant(0), self.constant(1)
         seen, unseen = self.constant(0.0, np.float32), self.constant(MASKED, np.float32)
-        past = self.node("Shape", "past_key_0", start=2, end=3)
+        past = self.node("Shape", "past_key_0", start=3, end=4)
         steps = self.node("Shape", "tokens", start=1, end=2)
         self.sizes = self.node("Concat", past, steps, axis=0)
         past_count, step_count = self.node("Squeeze", past), self.node("Squeeze", steps)
         slot = self.node("Range", zero, past_count, one)
-        length = self.node("Unsqueeze", "past_length", self.constant([1, 2]))
+        length = self.node("Unsqueeze", "past_length", self.constant([1, 2, 3]))
         self.past_bias = self.node("Where", self.node("Less", slot, length), seen, unseen)
-        heads = self.constant(self.size.heads)
-        row = self.node("Range", zero, self.node("Mul", step_count, heads), one)
-        row = self.node("Unsqueeze", self.node("Div", row, heads), self.constant([0, 2]))
         column = self.node("Range", zero, step_count, one)
+        row = self.node("Unsqueeze", column, self.constant([1]))
         self.new_bias = self.node("Where", self.node("LessOrEqual", column, row), seen, unseen)
 
     def _rms_norm(self, x: str, weight: torch.Tensor, name: str) -> str:
@@ -169,13 +164,14 @@ class TransformerGraph(GraphWriter):
                 self.sin,
             ),
         )
-        query_rows, key = cut(turned, [size.heads, 1], 2)
-        query_rows = self.node("Reshape", query_rows, self.rows)
-        key = self.node("Reshape", key, self.rows)
-        key = self.node("Transpose", key, perm=[0, 2, 1], output=f"key_{index}")
-        value = self.node("Identity", value, output=f"value_{index}")
-        past_scores = self.node("MatMul", query_rows, f"past_key_{index}")
-        new_scores = self.node("MatMul", query_rows, key)
+        # Every head by itself, [B, H, S, D]: at one token a step its product is with a vector, for
+        # which the runtime does not copy the cache into another layout first.
+        turned, key = cut(turned, [size.heads, 1], 2)
+        query = self.node("Transpose", turned, perm=[0, 2, 1, 3])
+        key = self.node("Transpose", key, perm=[0, 2, 3, 1], output=f"key_{index}")
+        value = self.node("Unsqueeze", value, self.one, output=f"value_{index}")
+        past_scores = self.node("MatMul", query, f"past_key_{index}")
+        new_scores = self.node("MatMul", query, key)
         scores = self.node(
             "Concat",
             self.node("Add", past_scores, self.past_bias),
@@ -183,12 +179,13 @@ class TransformerGraph(GraphWriter):
             axis=-1,
         )
         weights = self.node("Softmax", scores, axis=-1)
-        past, new = self.split("Split", weights, self.sizes, outputs=2, axis=2)
+        past, new = self.split("Split", weights, self.sizes, outputs=2, axis=3)
         attended = self.node(
             "Add",
             self.node("MatMul", past, f"past_value_{index}"),
             self.node("MatMul", new, value),
         )
+        attended = self.node("Transpose", attended, perm=[0, 2, 1, 3])
         attended = self.node("Reshape", attended, self.merged)
         attended = self.node("MatMul", attended, weight("output", block.output.weight))
         x = self.node("Add", x, attended)
@@ -208,10 +205,10 @@ class TransformerGraph(GraphWriter):
         inputs += [tensor(name, whole, ["B"]) for name in ("last", "past_length")]
         outputs = [tensor("logits", real, ["B", self.size.vocabulary_size])]
         for index in layers:
-            inputs.append(tensor(f"past_key_{index}", real, ["B", channels, "P"]))
-            inputs.append(tensor(f"past_value_{index}", real, ["B", "P", channels]))
-            outputs.append(tensor(f"key_{index}", real, ["B", channels, "S"]))
-            outputs.append(tensor(f"value_{index}", real, ["B", "S", channels]))
+            inputs.append(tensor(f"past_key_{index}", real, ["B", 1, channels, "P"]))
+            inputs.append(tensor(f"past_value_{index}", real, ["B", 1, "P", channels]))
+            outputs.append(tensor(f"key_{index}", real, ["B", 1, channels, "S"]))
+            outputs.append(tensor(f"value_{index}", real, ["B", 1, "S", channels]))
         graph = helper.make_graph(self.nodes, "band_transformer", inputs, outputs, self.weights)
         model = helper.make_model(
             graph,
@@ -317,8 +314,8 @@ class Generator(Original):
                 **cache,
             })  # fmt: skip
             for index in range(self.model.size.layers):
-                cache[f"past_key_{index}"][:, :, begin:end] = outputs[f"key_{index}"]
-                cache[f"past_value_{index}"][:, begin:end] = outputs[f"value_{index}"]
+                cache[f"past_key_{index}"][..., begin:end] = outputs[f"key_{index}"]
+                cache[f"past_value_{index}"][:, :, begin:end] = outputs[f"value_{index}"]
             logits.append(outputs["logits"])
         return {"logits": np.stack(logits, 1)}
 
@@ -381,8 +378,8 @@ def empty_cache(size: ModelSize, rows: int, tokens: int) -> dict[str, NDArray[np
     """Room for `tokens` tokens of each row."""
     cache = {}
     for index in range(size.layers):
-        cache[f"past_key_{index}"] = np.zeros((rows, size.head_channels, tokens), np.float32)
-        cache[f"past_value_{index}"] = np.zeros((rows, tokens, size.head_channels), np.float32)
+        keys = np.zeros((rows, 1, size.head_channels, tokens), np.float32)
+        cache |= {f"past_key_{index}": keys, f"past_value_{index}": keys.mT.copy()}
     return cache
 
 
@@ -414,8 +411,8 @@ def largest_difference(model: BandTransformer, path: Path, tokens: int = 96) -> 
             new, count = slice(begin[row], end[row]), end[row] - begin[row]
             for index in range(model.size.layers):
                 key, value = outputs[f"key_{index}"], outputs[f"value_{index}"]
-                cache[f"past_key_{index}"][row, :, new] = key[row, :, :count]
-                cache[f"past_value_{index}"][row, new] = value[row, :count]
+                cache[f"past_key_{index}"][row, ..., new] = key[row, ..., :count]
+                cache[f"past_value_{index}"][row, :, new] = value[row, :, :count]
         worst = max(worst, float(np.abs(outputs["logits"] - expected[rows, end - 1]).max()))
         begin, end = end, end + 1
     return worst

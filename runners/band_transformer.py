@@ -142,27 +142,27 @@ class Cache:
         self._make(rows=1, tokens=0)
 
     def _make(self, rows: int, tokens: int) -> None:
-        """Room for so many rows of so many tokens: [L, R, D, P] and [L, R, P, D]."""
-        shape = (len(self._layers), rows)
+        """Room for so many rows of so many tokens: [L, R, 1, D, P] and [L, R, 1, P, D]."""
+        shape = (len(self._layers), rows, 1)
         self._keys = np.zeros((*shape, self._channels, tokens), np.float32)
         self._values = np.zeros((*shape, tokens, self._channels), np.float32)
 
     def _fit(self) -> None:
         """Room for one more token of each row, and not much more than that."""
-        rows, tokens = self._keys.shape[1], self._keys.shape[3]
+        rows, tokens = self._keys.shape[1], self._keys.shape[4]
         if len(self._lengths) > rows:
             rows *= 2
         needed = -(-(max(self._lengths, default=0) + 1) // CACHE_TOKENS) * CACHE_TOKENS
         if not needed <= tokens <= needed + 2 * CACHE_TOKENS:
             tokens = needed
-        if (rows, tokens) == (self._keys.shape[1], self._keys.shape[3]):
+        if (rows, tokens) == (self._keys.shape[1], self._keys.shape[4]):
             return
         keys, values = self._keys, self._values
         self._make(rows, tokens)
         for row, length in enumerate(self._lengths[: keys.shape[1]]):
-            kept = min(length, keys.shape[3])
-            self._keys[:, row, :, :kept] = keys[:, row, :, :kept]
-            self._values[:, row, :kept] = values[:, row, :kept]
+            kept = min(length, keys.shape[4])
+            self._keys[:, row, ..., :kept] = keys[:, row, ..., :kept]
+            self._values[:, row, :, :kept] = values[:, row, :, :kept]
 
     def add(self, length: int, first_pass: Tensors) -> None:
         """One more row, of so many tokens."""
@@ -170,16 +170,16 @@ class Cache:
         self._fit()
         row = len(self._lengths) - 1
         for layer in self._layers:
-            self._keys[layer, row, :, :length] = first_pass[f"key_{layer}"][0]
-            self._values[layer, row, :length] = first_pass[f"value_{layer}"][0]
+            self._keys[layer, row, ..., :length] = first_pass[f"key_{layer}"][0]
+            self._values[layer, row, :, :length] = first_pass[f"value_{layer}"][0]
 
     def append(self, result: Tensors) -> None:
         """One more token of each row."""
         for layer in self._layers:
             keys, values = result[f"key_{layer}"], result[f"value_{layer}"]
             for row, length in enumerate(self._lengths):
-                self._keys[layer, row, :, length] = keys[row, :, 0]
-                self._values[layer, row, length] = values[row, 0]
+                self._keys[layer, row, 0, :, length] = keys[row, 0, :, 0]
+                self._values[layer, row, 0, length] = values[row, 0, 0]
         self._lengths = [length + 1 for length in self._lengths]
         self._fit()
 
@@ -188,8 +188,8 @@ class Cache:
         last = len(self._lengths) - 1
         length = self._lengths[last]
         if row < last:
-            self._keys[:, row, :, :length] = self._keys[:, last, :, :length]
-            self._values[:, row, :length] = self._values[:, last, :length]
+            self._keys[:, row, ..., :length] = self._keys[:, last, ..., :length]
+            self._values[:, row, :, :length] = self._values[:, last, :, :length]
             self._lengths[row] = length
         self._lengths.pop()
         self._fit()
@@ -215,7 +215,7 @@ class BandWriter(Writer):
         """With none yet; `channels` are those of a key."""
         self._name = name
         self._graph = graph
-        nothing = np.zeros((1, channels, 0), np.float32)
+        nothing = np.zeros((1, 1, channels, 0), np.float32)
         self._no_past = {f"past_key_{layer}": nothing for layer in range(layers)}
         self._no_past |= {f"past_value_{layer}": nothing.mT for layer in range(layers)}
         self._cache = Cache(layers, channels)
@@ -350,15 +350,15 @@ def sample(
     >>> sample(np.array([0.0, 9.0, 1.0]), np.array([True, False, True]), SampleOptions(1, 0.5), 0.9)
     2
     """
-    tokens = np.flatnonzero(allowed)
+    [tokens] = allowed.nonzero()
     scaled = logits[tokens].astype(np.float64) / options.temperature
     probability = np.exp(scaled - scaled.max())
-    order = np.argsort(-probability, kind="stable")
-    reached = np.cumsum(probability[order])
+    order = (-probability).argsort(kind="stable")
+    reached = probability[order].cumsum()
     # The likeliest tokens up to the one with which their mass reaches top-p, that one included.
-    size = int(np.searchsorted(reached, options.top_p * reached[-1])) + 1
+    size = int(reached.searchsorted(options.top_p * reached[-1])) + 1
     size = min(size, len(tokens))
-    rank = int(np.searchsorted(reached[:size], uniform * reached[size - 1], side="right"))
+    rank = int(reached[:size].searchsorted(uniform * reached[size - 1], side="right"))
     return int(tokens[order[min(rank, size - 1)]])
 
 
