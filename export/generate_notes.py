@@ -4,7 +4,8 @@ One graph serves the first pass over a history (S tokens) and every later step (
 
     tokens [B, S], positions [B, S], last [B], past_length [B],
     past_key_i [B, 1, D, P], past_value_i [B, 1, P, D] of each layer
-        -> logits [B, V] after token `last`, key_i [B, 1, D, S], value_i [B, 1, S, D] of the new ones
+        -> logits [B, V] after token `last`; of the new tokens key_i [B, 1, D, S],
+           value_i [B, 1, S, D]
 
 The cache belongs to the caller, who writes the new keys and values behind the old ones; rows may
 hold different lengths, what lies behind `past_length` is never looked at, and new tokens that pad
@@ -376,7 +377,7 @@ def export(model: BandTransformer, facts: Mapping[str, str], path: Path) -> None
 
 def empty_cache(size: ModelSize, rows: int, tokens: int) -> dict[str, NDArray[np.float32]]:
     """Room for `tokens` tokens of each row."""
-    cache = {}
+    cache: dict[str, NDArray[np.float32]] = {}
     for index in range(size.layers):
         keys = np.zeros((rows, 1, size.head_channels, tokens), np.float32)
         cache |= {f"past_key_{index}": keys, f"past_value_{index}": keys.mT.copy()}
