@@ -55,8 +55,8 @@ model was trained on; 7 bars on average."""
 
 WINDOW_TOKENS = WINDOW_BARS * BAR_TOKENS
 
-PROMPT_BARS = 4
-"""Bars of the song that `continue` begins from."""
+MIDDLE_DENSITY = 3
+"""Of the levels 1 to 5: how busy a usual bar of a song is."""
 
 SMALLEST_SHARE = 0.15
 """Of half bars in which something must be heard for chords to be taken from it."""
@@ -149,7 +149,7 @@ def plan_song(
     prompt: tuple[tuple[int, ...], ...] = ()
     warnings = []
     if options.mode == "continue":
-        prompt = _prompt(heard, grid, first_beat, bars)
+        prompt = _prompt(heard, grid, first_beat, bars, options.prompt_bars)
         if not prompt:
             warnings.append("No bar was heard well enough to continue from: the band starts anew.")
     heard_share = _heard_share(_profiles(pitched, grid, first_beat, known))
@@ -214,8 +214,9 @@ async def generate_notes(
     first = 0
     async for plan in plans:
         if written is None:
-            if options.mode == "continue" and not plan.prompt and not plan.is_whole:
-                continue  # there is nothing yet to go on from
+            is_prompted = options.mode == "accompany" or len(plan.prompt) == options.prompt_bars
+            if not is_prompted and not plan.is_whole:
+                continue  # what it is to go on from was not all heard yet
             written = [list(bar) for bar in plan.prompt]
         while first < len(plan.bars) and (plan.is_whole or first + WINDOW_BARS <= len(plan.bars)):
             conditions = plan.bars[first : first + WINDOW_BARS]
@@ -282,7 +283,7 @@ def _planned_bars(
         chords = _plain_chords(grid, count)
     tracks = sum(1 << ROLES.index(role) for role in set(options.tracks))
     starts = first_beat + grid.beats_per_bar * np.arange(count + 1)
-    densities = _densities(pitched, grid, starts)
+    densities = _densities(pitched, grid, starts, options.density)
     return [
         BarConditions((int(first), int(second)), int(density), tracks)
         for (first, second), density in zip(chords.reshape(-1, 2), densities, strict=True)
@@ -399,24 +400,28 @@ def _plain_chords(grid: BeatGrid, bars: int) -> NDArray[np.int64]:
 
 
 def _densities(
-    notes: Sequence[Note], grid: BeatGrid, starts: NDArray[np.int64]
+    notes: Sequence[Note], grid: BeatGrid, starts: NDArray[np.int64], busier: int
 ) -> NDArray[np.int64]:
-    """A density level a bar: the song's usual bar is 3, busier ones more; 0 if little is heard."""
+    """A density level a bar: the song's usual bar is 3, busier ones more, and `busier` on top.
+
+    0, which leaves it to the model, if little is heard and nothing else is asked for.
+    """
     bars = len(starts) - 1
     if len(notes) < 2 * bars:
-        return np.zeros(bars, np.int64)
+        return np.full(bars, MIDDLE_DENSITY + busier if busier else 0)
     onsets = np.array([_beat_at(grid, note.onset_s) for note in notes])
     quarters = np.unique(np.round(onsets * 4)) / 4
     counts = np.histogram(quarters, np.append(starts, starts[-1] + 1) - 0.125)[0][:bars]
     smooth = np.convolve(np.pad(counts, 1, mode="edge"), (0.25, 0.5, 0.25), "valid")
     ratio = smooth / max(float(np.median(smooth)), 1.0)
-    return np.minimum(1 + np.searchsorted((0.4, 0.75, 1.25, 1.7), ratio), DENSITY_LEVELS - 1)
+    levels = 1 + np.searchsorted((0.4, 0.75, 1.25, 1.7), ratio)
+    return np.clip(levels + busier, 1, DENSITY_LEVELS - 1)
 
 
 def _prompt(
-    heard: HeardNotes, grid: BeatGrid, first_beat: int, bars: Sequence[BarConditions]
+    heard: HeardNotes, grid: BeatGrid, first_beat: int, bars: Sequence[BarConditions], most: int
 ) -> tuple[tuple[int, ...], ...]:
-    """The first bars in which something was heard, as tokens."""
+    """The first bars in which something was heard, as tokens; so many at most."""
     steps = grid.beats_per_bar * STEPS_PER_BEAT
     found: dict[int, dict[tuple[int, int, int], int]] = {}
     for name, notes in heard.items():
@@ -429,7 +434,7 @@ def _prompt(
                 duration = 1 if track == DRUMS else nearest_duration_steps(length)
                 found.setdefault(index, {})[track, onset, note.pitch] = duration
     prompt = []
-    for index in sorted(found)[:PROMPT_BARS]:
+    for index in sorted(found)[:most]:
         notes_of_bar = [GridNote(t, o, d, p) for (t, o, p), d in found[index].items()]
         tracks = {note.track for note in notes_of_bar}
         conditions = BarConditions(bars[index].chords, 0, sum(1 << track for track in tracks))

@@ -46,6 +46,12 @@ class GenerateOptions(Options):
     top_p: Annotated[
         float, Field(gt=0.0, le=1.0, description="Share of likely notes to choose from.")
     ] = 0.95
+    density: Annotated[
+        int, Field(ge=-2, le=2, description="Sparser or busier than the song, in levels of five.")
+    ] = 0
+    prompt_bars: Annotated[
+        int, Field(ge=1, le=7, description="Bars of the song that `continue` begins from.")
+    ] = 4
 
 
 class ConvertOptions(Options):

@@ -52,18 +52,22 @@ class SeparateOptions(_message.Message):
     def __init__(self, separator: _Optional[str] = ...) -> None: ...
 
 class GenerateOptions(_message.Message):
-    __slots__ = ("seed", "mode", "tracks", "temperature", "top_p")
+    __slots__ = ("seed", "mode", "tracks", "temperature", "top_p", "density", "prompt_bars")
     SEED_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     TRACKS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_BARS_FIELD_NUMBER: _ClassVar[int]
     seed: int
     mode: str
     tracks: _containers.RepeatedScalarFieldContainer[str]
     temperature: float
     top_p: float
-    def __init__(self, seed: _Optional[int] = ..., mode: _Optional[str] = ..., tracks: _Optional[_Iterable[str]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ...) -> None: ...
+    density: int
+    prompt_bars: int
+    def __init__(self, seed: _Optional[int] = ..., mode: _Optional[str] = ..., tracks: _Optional[_Iterable[str]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., density: _Optional[int] = ..., prompt_bars: _Optional[int] = ...) -> None: ...
 
 class ConvertOptions(_message.Message):
     __slots__ = ("voice", "octaves", "noise_seed")
@@ -76,7 +80,7 @@ class ConvertOptions(_message.Message):
     def __init__(self, voice: _Optional[str] = ..., octaves: _Optional[int] = ..., noise_seed: _Optional[int] = ...) -> None: ...
 
 class RemixOptions(_message.Message):
-    __slots__ = ("separator", "seed", "mode", "tracks", "temperature", "top_p", "voice", "octaves", "noise_seed", "vocal_gain_db", "loudness_lufs")
+    __slots__ = ("separator", "seed", "mode", "tracks", "temperature", "top_p", "voice", "octaves", "noise_seed", "vocal_gain_db", "loudness_lufs", "density", "prompt_bars")
     SEPARATOR_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +92,8 @@ class RemixOptions(_message.Message):
     NOISE_SEED_FIELD_NUMBER: _ClassVar[int]
     VOCAL_GAIN_DB_FIELD_NUMBER: _ClassVar[int]
     LOUDNESS_LUFS_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_BARS_FIELD_NUMBER: _ClassVar[int]
     separator: str
     seed: int
     mode: str
@@ -99,7 +105,9 @@ class RemixOptions(_message.Message):
     noise_seed: int
     vocal_gain_db: float
     loudness_lufs: float
-    def __init__(self, separator: _Optional[str] = ..., seed: _Optional[int] = ..., mode: _Optional[str] = ..., tracks: _Optional[_Iterable[str]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., voice: _Optional[str] = ..., octaves: _Optional[int] = ..., noise_seed: _Optional[int] = ..., vocal_gain_db: _Optional[float] = ..., loudness_lufs: _Optional[float] = ...) -> None: ...
+    density: int
+    prompt_bars: int
+    def __init__(self, separator: _Optional[str] = ..., seed: _Optional[int] = ..., mode: _Optional[str] = ..., tracks: _Optional[_Iterable[str]] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., voice: _Optional[str] = ..., octaves: _Optional[int] = ..., noise_seed: _Optional[int] = ..., vocal_gain_db: _Optional[float] = ..., loudness_lufs: _Optional[float] = ..., density: _Optional[int] = ..., prompt_bars: _Optional[int] = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("name", "media_type", "size_bytes", "sha256")

@@ -265,11 +265,13 @@ def test_continue_begins_from_what_was_heard(writer: BandTransformer) -> None:
     heard = {"other": chords_heard(grid, [0, 35], 20.0), "drums": [Note(0.6, 0.1, 36, 90)]}
     options = GenerateOptions(mode="continue")
     plan = plan_song(heard, grid, 20.0, options)
+    longer = plan_song(heard, grid, 20.0, GenerateOptions(mode="continue", prompt_bars=6))
     prompt = decode_bar(plan.prompt[0])
     assert {note.pitch for note in prompt.notes if note.track == 3} == {60, 64, 67}
     assert written(writer, grid, 20.0, options, heard) != written(
         writer, grid, 20.0, GenerateOptions(), heard
     )
+    assert [len(plan.prompt), len(longer.prompt)] == [4, 6]
     empty = plan_song({}, grid, 20.0, options)
     assert len(empty.warnings) == 2
 
@@ -281,6 +283,15 @@ def test_busy_bars_are_asked_to_be_denser_than_sparse_ones() -> None:
     plan = plan_song({"other": sparse + busy}, grid, 31.0, GenerateOptions())
     levels = [bar.density for bar in plan.bars]
     assert max(levels[:6]) < min(levels[10:14])
+
+
+def test_denser_is_busier_than_sparser(writer: BandTransformer) -> None:
+    grid = steady_grid()
+    counts = []
+    for density in (-2, 2):
+        tracks = written(writer, grid, 30.0, GenerateOptions(seed=3, density=density))
+        counts.append(sum(map(len, tracks.values())))
+    assert counts[1] > 1.3 * counts[0]
 
 
 def test_chords_of_played_chords_are_those_chords() -> None:
