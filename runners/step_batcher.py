@@ -168,6 +168,9 @@ class StepBatcher(AdaptiveBatcher):
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._workers.executor, self._write, place, loop)
+        except Exception as error:  # noqa: BLE001 - whatever it was, nobody is to wait for ever
+            for request in list(place.requests):
+                self._ended(place, _Share(request, time.monotonic()), error)
         finally:
             if place in self._places:
                 self._places.remove(place)
