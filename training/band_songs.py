@@ -357,7 +357,7 @@ def grid_notes(parts: Sequence[Part], begin: float, beats: int, beat: float = 1.
 
 def prepare_mma(mma: Path, folder: Path) -> Path:
     """A working copy of MMA with its groove database, made once; returns its folder."""
-    home = folder / "mma"
+    home = folder.resolve() / "mma"  # MMA runs in it, and is called by its whole path
     if not (home / "ready").exists():
         shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(mma, home)
