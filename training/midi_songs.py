@@ -101,7 +101,7 @@ def read_songs(path: Path) -> list[Song]:
     if tempo.seconds_at(end) > LONGEST_S:
         raise InvalidNotes(f"It lasts {tempo.seconds_at(end):.0f} s; at most {LONGEST_S:.0f} do.")
     stretches = _stretches(midi, tempo, end)
-    if _share_on_grid(parts, stretches) < ON_GRID_SHARE:
+    if stretches and _share_on_grid(parts, stretches) < ON_GRID_SHARE:
         parts, stretches = _heard_beats(data, parts, tempo, end)
     pieces = [piece for stretch in stretches for piece in _songs_of(parts, stretch)]
     if not pieces:
