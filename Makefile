@@ -113,6 +113,7 @@ train-generate: export-environment  ## train the generator; SMOKE=1: two minutes
 
 .PHONY: eval-generate
 eval-generate: export-environment  ## what the generator writes, measured against its limits; MODEL=file
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
 	@.venv-dev/bin/python -m benchmarks.eval_generate $${MODEL:+--model "$$MODEL"} $(EVAL)
 
 .PHONY: images

@@ -325,7 +325,8 @@ class Trainer:
         for name, value in known.items():
             if state.get(name) != value:
                 raise InvalidOption(
-                    f"{self.checkpoint} was made with {name} {state.get(name)}, this run has {value}.",
+                    f"{self.checkpoint} was made with {name} {state.get(name)}, "
+                    f"this run has {value}.",
                     remedy="Choose another --out, or remove the checkpoint.",
                 )
         self.model.load_state_dict(state["model"])
