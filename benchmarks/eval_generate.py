@@ -30,7 +30,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     train, held_out = split_songs(arguments.data)
     band, seconds = Band(arguments.model), {}
     charts = held_out[: arguments.charts]  # songs are in random order
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
         "perplexity": lambda: perplexities(
             arguments.model,
             train,
