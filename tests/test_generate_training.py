@@ -129,10 +129,13 @@ def untimed(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_checkpoint_of_another_seed_is_not_gone_on_with(data: Path) -> None:
+def test_checkpoint_of_another_seed_or_other_songs_is_not_gone_on_with(data: Path) -> None:
     Trainer(options_of(data, "one")).save()
     with pytest.raises(InvalidOption, match="made with seed 1, this run has 2"):
         Trainer(replace(options_of(data, "one"), seed=2))
+    save_songs(data / "songs-0001.npz", [toy_song(50)])
+    with pytest.raises(InvalidOption, match="made with songs"):
+        Trainer(options_of(data, "one"))
 
 
 def test_families_are_trained_on_or_held_out_and_two_are_needed(tmp_path: Path) -> None:

@@ -254,6 +254,13 @@ def split_songs(data: Path) -> tuple[list[Song], list[Song]]:
     return kept, [song for song in songs if song.family in held_out]
 
 
+def _digest(songs: Sequence[Song]) -> str:
+    found = hashlib.sha256()
+    for song in songs:
+        found.update(song.notes.tobytes() + song.chords.tobytes())
+    return found.hexdigest()[:16]
+
+
 def sequences(
     songs: Sequence[Song],
     count: int,
@@ -314,15 +321,19 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         options.out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = options.out / "checkpoint.pt"
+        self.songs, self.held_out = split_songs(options.data)
+        self.identity = {
+            "vocabulary": VOCABULARY_HASH,
+            "seed": options.seed,
+            "size": options.size.as_dict(),
+            "songs": _digest([*self.songs, *self.held_out]),
+        }
         if self.checkpoint.exists():
             self._load()
-        self.songs, self.held_out = split_songs(options.data)
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        known = {"vocabulary": VOCABULARY_HASH, "seed": self.options.seed}
-        known["size"] = self.options.size.as_dict()
-        for name, value in known.items():
+        for name, value in self.identity.items():
             if state.get(name) != value:
                 raise InvalidOption(
                     f"{self.checkpoint} was made with {name} {state.get(name)}, "
@@ -337,9 +348,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
         state = {
-            "vocabulary": VOCABULARY_HASH,
-            "seed": self.options.seed,
-            "size": self.options.size.as_dict(),
+            **self.identity,
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "step": self.step,
@@ -458,7 +467,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="of songs; made where it is empty")
     parser.add_argument("--mma", type=Path, help="folder of MMA's `lib` and `MMA`")
     parser.add_argument("--songs", type=int, default=1000, help="made by MMA, up to this many")
-    parser.add_argument("--out", type=Path, default=Path(".cache/training/generate_notes"))
+    parser.add_argument("--out", type=Path, help="gets checkpoint and curve")
     parser.add_argument("--minutes", type=float, default=84.0)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=2)
@@ -468,8 +477,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
     midi, mma, songs = (arguments.pop(name) for name in ("midi", "mma", "songs"))
-    folder = "midi-songs" if midi else "songs"
-    data = arguments["data"] = arguments["data"] or Path(".cache/training", folder)
+    prefix = "midi-" if midi else ""
+    data = arguments["data"] = arguments["data"] or Path(".cache/training", f"{prefix}songs")
+    arguments["out"] = arguments["out"] or Path(".cache/training", f"{prefix}generate_notes")
     if midi:
         report(make_midi_songs(midi, data), data)
     elif len(list(data.glob("songs-????.npz"))) * FILE_SONGS < songs:
