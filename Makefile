@@ -7,11 +7,16 @@ PYTHON ?= python3
 SONG ?=
 VOICE ?=
 OUT ?= out/demo
+MIDI ?=
+MODEL ?=
 HUB ?= $(PHILHARMONICS_HUB)
-export PYTHON SONG VOICE OUT HUB
+export PYTHON SONG VOICE OUT HUB MIDI MODEL
 
 # In a terminal pip shows its progress, elsewhere it only speaks of errors.
 PIP_FLAGS := --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
+# From 24 songs to a checkpoint whose loss fell, on a CPU.
+SMOKE_TRAINING := --songs 24 --data .cache/training/smoke/songs --out .cache/training/smoke/run \
+	--steps 100 --minutes 1000 --evaluate-every 20
 DEMO_SONG := .cache/demo_song.mp3
 
 .PHONY: help
@@ -57,7 +62,7 @@ SERVICE_BENCHMARKS := admission jobs quote song_cost
 .PHONY: bench
 bench: export-environment  ## separation, remix and the small ones; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	for module in $(filter-out __init__ export decoding paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for module in $(filter-out __init__ decoding eval_generate export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
 
@@ -101,6 +106,20 @@ chaos: models  ## the service is killed, cut off, restarted under load; more: ma
 .PHONY: locust
 locust: .venv-load/installed  ## the same songs by Locust, on its page, against `make serve`
 	@.venv-load/bin/locust -f load_tests/locustfile.py -H http://127.0.0.1:3000
+
+.PHONY: train-generate
+train-generate: export-environment  ## train the generator; SMOKE=1: two minutes; MIDI=folder: your files
+	@if [ -n "$(SMOKE)" ]; then \
+		rm -rf .cache/training/smoke; \
+		.venv-dev/bin/python -m training.generate_notes $(SMOKE_TRAINING) $${MIDI:+--midi "$$MIDI"} $(TRAIN); \
+	else \
+		.venv-dev/bin/python -m training.generate_notes $${MIDI:+--midi "$$MIDI"} $(TRAIN); \
+	fi
+
+.PHONY: eval-generate
+eval-generate: export-environment  ## what the generator writes, measured against its limits; MODEL=file
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@.venv-dev/bin/python -m benchmarks.eval_generate $${MODEL:+--model "$$MODEL"} $(EVAL)
 
 .PHONY: images
 images:  ## container images, for DEVICE=cpu or cuda; what is in them goes to out/images/

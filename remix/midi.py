@@ -12,6 +12,7 @@ from typing import get_args
 
 import mido
 import numpy as np
+from mido.midifiles import KeySignatureError
 from numpy.typing import NDArray
 
 from remix.errors import InvalidNotes
@@ -110,7 +111,7 @@ def read_midi(data: bytes) -> Tracks:
         tracks: Tracks = {}
         for track in file.tracks:
             _read_track(track, clock, tracks)
-    except (OSError, EOFError, ValueError, IndexError, KeyError) as error:
+    except (OSError, EOFError, ValueError, IndexError, KeyError, KeySignatureError) as error:
         reason = str(error) or "it ends early"
         raise InvalidNotes(
             f"The file of {len(data)} bytes is no whole MIDI file ({reason}).",

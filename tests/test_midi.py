@@ -111,6 +111,24 @@ def test_midi_that_is_none_is_refused(data: bytes) -> None:
         read_midi(data)
 
 
+def test_midi_with_wrong_bytes_is_read_or_refused() -> None:
+    rng = np.random.default_rng(1)
+    key = mido.MetaMessage("key_signature", key="C").bytes()
+    data = write_midi(random_tracks(notes=5), drifting_grid(), DURATION_S)
+    data = data.replace(b"\xff\x51\x03", bytes(key) + b"\0\xff\x51\x03")  # some key, too
+    for _ in range(400):
+        wrong = bytearray(data)
+        for place in rng.integers(0, len(wrong), 3):
+            wrong[place] = rng.integers(256)
+        try:
+            read_midi(bytes(wrong))
+        except InvalidNotes:
+            continue
+    no_key = bytes(key[:3]) + b"\x0b\x07"
+    with pytest.raises(InvalidNotes):
+        read_midi(data.replace(bytes(key), no_key))
+
+
 def test_midi_cut_anywhere_is_read_or_refused() -> None:
     data = write_midi(random_tracks(notes=5), drifting_grid(), DURATION_S)
     for length in range(0, len(data), 7):

@@ -10,23 +10,29 @@ its output is quantised notes.
 
 import argparse
 import itertools
+import os
 import random
 import re
 import shutil
 import subprocess
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import mido
 import numpy as np
 import numpy.typing as npt
 
+from remix.errors import InvalidNotes, NotFound
+from remix.midi import DRUM_CHANNEL
 from remix.note_tokens import (
     CHORD_QUALITIES,
     DRUMS,
+    DURATIONS_STEPS,
     HIGHEST,
     LOWEST,
     NO_CHORD,
@@ -37,9 +43,12 @@ from remix.note_tokens import (
 )
 
 MMA = Path("/usr/share/mma")
-"""Where Debian's package puts it; any folder with its `lib` and `MMA` does."""
+"""Where Debian's package puts it."""
+
+UNPACK = Path(__file__).resolve().parent.parent / "scripts/unpack-debian"
 
 FILE_SONGS = 100
+LONGEST_STEPS = DURATIONS_STEPS[-1]
 BARS = 64
 SECTION_BARS = 8
 STEPS = npt.NDArray[np.int16]
@@ -113,7 +122,8 @@ class Song:
     """A band song on the grid.
 
     Args:
-        family: the groove file that played it.
+        family: the groove file that played it, or `midi/` and the digest of a piece: the unit of
+            the train/held-out split.
         header: (beats per bar, tempo class, style index).
         chords: [bars, 2], chord indices of each half bar.
         notes: [notes, 5], (track, onset in steps, duration in steps, pitch, velocity), sorted.
@@ -123,6 +133,23 @@ class Song:
     header: tuple[int, int, int]
     chords: STEPS
     notes: STEPS
+
+
+def find_mma() -> Path:
+    """The system's MMA, or Debian's package, unpacked into .cache/ and not installed.
+
+    Raises:
+        NotFound: neither is to be had.
+    """
+    if MMA.is_dir():
+        return MMA
+    done = subprocess.run([UNPACK, "mma"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotFound(
+            f"MMA is not in {MMA}, and {UNPACK.name} did not get it: {done.stderr.strip()}",
+            remedy="Install Debian's package mma, or name its folder by --mma.",
+        )
+    return Path(done.stdout.strip(), "usr/share/mma")
 
 
 def groove_files(mma: Path) -> list[GrooveFile]:
@@ -224,10 +251,23 @@ def compose(groove: GrooveFile, rng: random.Random) -> tuple[str, STEPS, float]:
     return "\n".join(lines) + "\n", chords, float(tempo_bpm)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one channel of one track of a MIDI file plays.
+
+    Args:
+        track: index into `ROLES`.
+        rank: within a role only the parts of the lowest rank are kept.
+        notes: (onset, duration, pitch, velocity), in beats of the file, sorted.
+    """
+
+    track: int
+    rank: int
+    notes: list[tuple[float, float, int, int]]
+
+
 def _role(name: str, program: int, pitches: list[int]) -> tuple[int, int]:
-    """(track, rank) of a MIDI track: within a role only the tracks of the lowest rank are kept."""
-    if name.startswith("Drum"):
-        return DRUMS, 0
+    """(track, rank) of a pitched part; track -1 for what no role plays."""
     low = float(np.median(pitches)) < 50
     if 32 <= program < 40 or (name.startswith(("Bass", "Walk")) and low):
         return ROLES.index("bass"), 0
@@ -241,56 +281,73 @@ def _role(name: str, program: int, pitches: list[int]) -> tuple[int, int]:
     return -1, 9
 
 
-def _midi_tracks(path: Path) -> Iterator[tuple[str, int, list[tuple[int, int, int, int]], int]]:
-    """(name, program, [(onset, duration, pitch, velocity) in ticks], ticks per beat) per track."""
-    midi = mido.MidiFile(path)
+def midi_parts(midi: mido.MidiFile) -> list[Part]:
+    """The parts of a MIDI file that a role plays: drums by channel 10, others by program.
+
+    A channel that changes its program counts as the program that plays most of its notes.
+    """
+    found = []
     for track in midi.tracks:
-        name, program, time = "", 0, 0
-        sounding: dict[int, tuple[int, int]] = {}
-        notes = []
+        name, time = "", 0.0
+        program: dict[int, int] = {}
+        programs: dict[int, Counter[int]] = defaultdict(Counter)
+        sounding: dict[tuple[int, int], tuple[float, int]] = {}
+        notes: dict[int, list[tuple[float, float, int, int]]] = defaultdict(list)
         for event in track:
-            time += event.time
+            time += event.time / midi.ticks_per_beat
             if event.type == "track_name":
                 name = event.name
             elif event.type == "program_change":
-                program = event.program
+                program[event.channel] = event.program
             elif event.type in ("note_on", "note_off"):
-                if event.note in sounding:
-                    onset, velocity = sounding.pop(event.note)
-                    notes.append((onset, time - onset, event.note, velocity))
+                key = event.channel, event.note
+                if key in sounding:
+                    onset, velocity = sounding.pop(key)
+                    notes[event.channel].append((onset, time - onset, event.note, velocity))
                 if event.type == "note_on" and event.velocity > 0:
-                    sounding[event.note] = (time, event.velocity)
-        if notes:
-            yield name, program, sorted(notes), midi.ticks_per_beat
+                    sounding[key] = (time, event.velocity)
+                    programs[event.channel][program.get(event.channel, 0)] += 1
+        for channel, played in notes.items():
+            usual = programs[channel].most_common(1)[0][0]
+            is_drums = channel == DRUM_CHANNEL
+            role = (DRUMS, 0) if is_drums else _role(name, usual, [note[2] for note in played])
+            if role[0] >= 0:
+                found.append(Part(*role, sorted(played)))
+    return found
 
 
-def read_midi(path: Path, end_steps: int) -> STEPS:
-    """A MIDI file as grid notes of five roles: [notes, 5] like `Song.notes`.
+def grid_notes(parts: Sequence[Part], begin: float, beats: int, beat: float = 1.0) -> STEPS:
+    """Parts as grid notes of five roles: [notes, 5] like `Song.notes`.
 
     Strummed chords are gathered: notes that follow each other within a twentieth of a beat share
     the first one's onset. Notes outside their role's range are moved by octaves.
+
+    Args:
+        parts: of a file.
+        begin: the song's start, in beats of the file.
+        beats: how many of the song's beats are taken.
+        beat: length of one of them, in beats of the file.
     """
-    parts = []
-    for name, program, notes, ticks in _midi_tracks(path):
-        track, rank = _role(name, program, [note[2] for note in notes])
-        if track >= 0:
-            parts.append((track, rank, notes, ticks))
-    best = {track: min(rank for t, rank, *_ in parts if t == track) for track, *_ in parts}
+    best: dict[int, int] = {}
+    for part in parts:
+        best[part.track] = min(best.get(part.track, part.rank), part.rank)
     grid: dict[tuple[int, int, int], tuple[int, int]] = {}
-    for track, rank, notes, ticks in parts:
-        if rank != best[track]:
+    for part in parts:
+        track = part.track
+        if part.rank != best[track]:
             continue
-        first = last = -ticks
-        for onset, duration, pitch, velocity in notes:
-            near = onset - last <= ticks / 20 and onset - first <= ticks / 5
+        first = last = -inf
+        for note_onset, note_length, pitch, velocity in part.notes:
+            onset, duration = (note_onset - begin) / beat, note_length / beat
+            near = onset - last <= 1 / 20 and onset - first <= 1 / 5
             first, last = (first if near and track != DRUMS else onset), onset
             low, high = LOWEST[track], HIGHEST[track]
             if track == DRUMS and not low <= pitch <= high:
                 continue
             pitch += 12 * -(-max(low - pitch, 0) // 12) - 12 * -(-max(pitch - high, 0) // 12)
-            step = round(first * STEPS_PER_BEAT / ticks)
-            length = max(round(duration * STEPS_PER_BEAT / ticks), 1)
-            if step < end_steps:
+            step = round(first * STEPS_PER_BEAT)
+            length = min(max(round(duration * STEPS_PER_BEAT), 1), LONGEST_STEPS)
+            if 0 <= step < beats * STEPS_PER_BEAT:
                 key = (track, step, pitch)
                 known = grid.get(key, (0, 0))
                 grid[key] = (max(known[0], length), max(known[1], velocity))
@@ -300,7 +357,7 @@ def read_midi(path: Path, end_steps: int) -> STEPS:
 
 def prepare_mma(mma: Path, folder: Path) -> Path:
     """A working copy of MMA with its groove database, made once; returns its folder."""
-    home = folder / "mma"
+    home = folder.resolve() / "mma"  # MMA runs in it, and is called by its whole path
     if not (home / "ready").exists():
         shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(mma, home)
@@ -322,7 +379,8 @@ def make_song(home: Path, groove: GrooveFile, rng: random.Random) -> Song | None
         done = subprocess.run(command, cwd=home, capture_output=True, timeout=600, check=False)
         if done.returncode or not target.exists():
             return None
-        notes = read_midi(target, BARS * groove.beats_per_bar * STEPS_PER_BEAT)
+        parts = midi_parts(mido.MidiFile(target))
+    notes = grid_notes(parts, 0.0, BARS * groove.beats_per_bar)
     if len(set(notes[:, 0].tolist())) < 2:
         return None
     header = (groove.beats_per_bar, tempo_class(tempo_bpm), song_style(groove.family))
@@ -355,34 +413,56 @@ def load_songs(path: Path) -> list[Song]:
 
 
 def make_songs(mma: Path, folder: Path, count: int) -> None:
-    """Fills the folder with files of 100 songs each until it holds `count`; file n has seed n."""
+    """Fills the folder with files of at most 100 songs until it holds `count`; file n has seed n.
+
+    Files are made side by side, one on each processor.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in itertools.count():
-        if len(list(folder.glob("songs-????.npz"))) * FILE_SONGS >= count:
-            return
-        path = folder / f"songs-{seed:04}.npz"
-        if path.exists():
+    files = -(-count // FILE_SONGS)
+    missing = files - len(list(folder.glob("songs-????.npz")))
+    free = (seed for seed in itertools.count() if not (folder / f"songs-{seed:04}.npz").exists())
+    seeds = list(itertools.islice(free, max(missing, 0)))
+    if not seeds:
+        return
+    home = prepare_mma(mma, folder)
+    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
+        made = [
+            pool.submit(_make_file, home, folder, seed, min(count, FILE_SONGS)) for seed in seeds
+        ]
+        for file in as_completed(made):
+            print(file.result(), flush=True)
+
+
+def _make_file(home: Path, folder: Path, seed: int, count: int) -> Path:
+    """One file of songs, whole or not at all."""
+    path = folder / f"songs-{seed:04}.npz"
+    grooves = groove_files(home)
+    rng, songs = random.Random(seed), list[Song]()
+    refused = 0
+    while len(songs) < count:
+        song = make_song(home, rng.choice(grooves), rng)
+        if song is not None:
+            songs.append(song)
             continue
-        home = prepare_mma(mma, folder)
-        grooves = groove_files(home)
-        rng, songs = random.Random(seed), list[Song]()
-        while len(songs) < FILE_SONGS:
-            song = make_song(home, rng.choice(grooves), rng)
-            if song is not None:
-                songs.append(song)
-        save_songs(path.with_suffix(".partial.npz"), songs)
-        path.with_suffix(".partial.npz").rename(path)
-        print(path, flush=True)
+        refused += 1
+        if refused > 2 * count + 20:
+            raise InvalidNotes(
+                f"MMA in {home} refused {refused} charts and played {len(songs)}.",
+                remedy=f"See what `python3 {home / 'mma.py'} CHART` says.",
+            )
+    save_songs(path.with_suffix(".partial.npz"), songs)
+    path.with_suffix(".partial.npz").rename(path)
+    return path
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mma", type=Path, default=MMA)
+    parser.add_argument("--mma", type=Path, help="folder of its `lib` and `MMA`")
     parser.add_argument("--songs", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path(".cache/training/songs"))
     arguments = parser.parse_args()
-    make_songs(arguments.mma, arguments.out, arguments.songs)
+    make_songs(arguments.mma or find_mma(), arguments.out, arguments.songs)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """band songs -> generator: trains the transformer that writes bars under given chords.
 
-One command, resumable, on CPU or CUDA; songs are made first (Debian package `mma`):
+One command, resumable, on CPU or CUDA; songs are made first, by MMA or out of a folder of MIDI
+files:
 
     python -m training.generate_notes --minutes 84 --threads 1
+    python -m training.generate_notes --midi FOLDER --steps 4000
 
 The same command continues an interrupted run from its last checkpoint. Every batch is drawn from
-(seed, step), so a resumed run sees what the uninterrupted one would have seen.
+(seed, step) and nothing else is random, so a resumed run sees what the uninterrupted one would have
+seen; where the budget is `--steps`, not the clock, it ends with the same weights. It ends with 1
+where the loss did not fall.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.band_transformer import BandTransformer, ModelSize
+from remix.errors import InvalidNotes, InvalidOption
 from remix.note_tokens import (
     BAR,
     BAR_TOKENS,
@@ -33,6 +38,7 @@ from remix.note_tokens import (
     LOWEST,
     ROLES,
     STEPS_PER_BEAT,
+    TEMPO_EDGES_BPM,
     TRACK_VELOCITY,
     VELOCITY_LEVELS,
     VOCABULARY_HASH,
@@ -45,13 +51,14 @@ from remix.note_tokens import (
     encode_header,
     nearest_duration_steps,
 )
-from training.band_songs import MMA, Song, load_songs, make_songs
+from training.band_songs import FILE_SONGS, Song, find_mma, load_songs, make_songs
+from training.midi_songs import make_midi_songs, report
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 IGNORE = -100
-HELD_OUT_FAMILIES = 12  # one groove file in 12 is never trained on
+HELD_OUT_FAMILIES = 12  # one groove file, or one piece, in 12 is never trained on
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Augmentation:
         density_known: whether bars name their density.
         swing: whether straight quavers are swung, and swung ones made straight.
         louder: velocity levels up or down.
+        faster: tempo classes up or down, a sixth or so of the tempo each.
         drummer: another song of the same meter, whose drums are heard instead.
     """
 
@@ -98,11 +106,12 @@ class Augmentation:
     density_known: bool = True
     swing: bool = False
     louder: int = 0
+    faster: int = 0
     drummer: Song | None = None
 
 
 def draw_augmentation(song: Song, songs: Sequence[Song], rng: np.random.Generator) -> Augmentation:
-    """Any key; often without some tracks; now and then another feel, or another drummer."""
+    """Any key; often without some tracks; now and then another feel, tempo or drummer."""
     tracks = 2 ** len(ROLES) - 1
     if rng.random() < 0.4:
         tracks = int(rng.integers(1, 2 ** len(ROLES)))
@@ -116,12 +125,13 @@ def draw_augmentation(song: Song, songs: Sequence[Song], rng: np.random.Generato
         density_known=bool(rng.random() < 0.75),
         swing=swing,
         louder=int(rng.integers(-1, 2)),
+        faster=int(rng.choice((-1, 1))) if rng.random() < 0.3 else 0,
         drummer=drummer if swapped else None,
     )
 
 
 def is_held_out(song: Song) -> bool:
-    """Whether the song's groove file belongs to the held-out part."""
+    """Whether the song's groove file, or piece, belongs to the held-out part."""
     digest = hashlib.sha256(song.family.encode()).digest()
     return digest[0] % HELD_OUT_FAMILIES == 0
 
@@ -213,6 +223,7 @@ def song_tokens(
 ) -> tuple[list[int], list[bool]]:
     """A header and bars from `first_bar` on, at most `count` tokens; and which are given."""
     beats, tempo, style = song.header
+    tempo = min(max(tempo + augmentation.faster, 0), len(TEMPO_EDGES_BPM))
     tokens = encode_header(Header(beats, tempo, style if augmentation.style_known else 0))
     for index in range(first_bar, len(song.chords)):
         bar = encode_bar(song_bar(song, index, augmentation))
@@ -221,6 +232,33 @@ def song_tokens(
         tokens += bar
     given = [token < TRACK_VELOCITY and token != BAR for token in tokens]
     return tokens[:count], given[:count]
+
+
+def split_songs(data: Path) -> tuple[list[Song], list[Song]]:
+    """The songs of a folder that are trained on, and those that are held out: at least one family.
+
+    Raises:
+        InvalidNotes: there are fewer than two families of songs.
+    """
+    songs = [song for path in sorted(data.glob("songs-????.npz")) for song in load_songs(path)]
+    families = {song.family for song in songs}
+    if len(families) < 2:
+        raise InvalidNotes(
+            f"{data} holds {len(families)} groove files or pieces; training needs two at least: "
+            "one is held out."
+        )
+    held_out = {song.family for song in songs if is_held_out(song)} or {min(families)}
+    if held_out == families:
+        held_out.remove(min(families))
+    kept = [song for song in songs if song.family not in held_out]
+    return kept, [song for song in songs if song.family in held_out]
+
+
+def _digest(songs: Sequence[Song]) -> str:
+    found = hashlib.sha256()
+    for song in songs:
+        found.update(song.notes.tobytes() + song.chords.tobytes())
+    return found.hexdigest()[:16]
 
 
 def sequences(
@@ -233,17 +271,27 @@ def sequences(
     """Inputs and targets, [count, context] each; given tokens and padding are not targets.
 
     `plain` songs are taken as they were made.
+
+    Raises:
+        InvalidNotes: of 1,000 draws none held a quarter of the context in notes.
     """
     inputs = np.zeros((count, context), np.int64)
     targets = np.full((count, context), IGNORE, np.int64)
-    row = 0
+    row = misses = 0
     while row < count:
         song = songs[int(rng.integers(len(songs)))]
         first_bar = int(rng.integers(max(len(song.chords) - 8, 1)))
         augmentation = Augmentation() if plain else draw_augmentation(song, songs, rng)
         tokens, given = song_tokens(song, first_bar, context + 1, augmentation)
         if len(tokens) < context // 4:
+            misses += 1
+            if misses == 1_000:
+                raise InvalidNotes(
+                    f"In {len(songs)} songs there are no {context // 4} tokens in a row.",
+                    remedy="Train on longer songs, or more of them.",
+                )
             continue
+        misses = 0
         length = len(tokens) - 1
         inputs[row, :length] = tokens[:-1]
         targets[row, :length] = np.where(given[1:], IGNORE, tokens[1:])
@@ -273,24 +321,25 @@ class Trainer:
         self.log: list[dict[str, float]] = []
         options.out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = options.out / "checkpoint.pt"
+        self.songs, self.held_out = split_songs(options.data)
+        self.identity = {
+            "vocabulary": VOCABULARY_HASH,
+            "seed": options.seed,
+            "size": options.size.as_dict(),
+            "songs": _digest([*self.songs, *self.held_out]),
+        }
         if self.checkpoint.exists():
             self._load()
-        self.songs: list[Song] = []
-        self.held_out: list[Song] = []
-        self._files: set[Path] = set()
-        self.read_songs()
-
-    def read_songs(self) -> None:
-        """Takes up song files that have appeared since the last call."""
-        for path in sorted(self.options.data.glob("songs-????.npz")):
-            if path not in self._files:
-                self._files.add(path)
-                for song in load_songs(path):
-                    (self.held_out if is_held_out(song) else self.songs).append(song)
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        assert state["vocabulary"] == VOCABULARY_HASH, "the checkpoint speaks another vocabulary"
+        for name, value in self.identity.items():
+            if state.get(name) != value:
+                raise InvalidOption(
+                    f"{self.checkpoint} was made with {name} {state.get(name)}, "
+                    f"this run has {value}.",
+                    remedy="Choose another --out, or remove the checkpoint.",
+                )
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -299,8 +348,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
         state = {
-            "vocabulary": VOCABULARY_HASH,
-            "size": self.options.size.as_dict(),
+            **self.identity,
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "step": self.step,
@@ -372,7 +420,12 @@ class Trainer:
             if self.step % self.options.evaluate_every == 0 or self.progress >= 1:
                 self._note(recent)
                 recent.clear()
-                self.read_songs()
+
+    @property
+    def loss_fell(self) -> bool:
+        """Whether both losses ended below where the log begins."""
+        first, last = self.log[0], self.log[-1]
+        return all(last[name] < first[name] for name in ("loss", "held_out_loss"))
 
     def _note(self, recent: list[tuple[float, float]]) -> None:
         loss, accuracy = np.mean(recent, axis=0).tolist()
@@ -410,19 +463,36 @@ def plot(log: Sequence[dict[str, float]], path: Path) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(".cache/training/songs"))
-    parser.add_argument("--mma", type=Path, default=MMA)
-    parser.add_argument("--songs", type=int, default=1000, help="make songs up to this many")
-    parser.add_argument("--out", type=Path, default=Path(".cache/training/generate_notes"))
+    parser.add_argument("--midi", type=Path, help="train on the MIDI files of this folder")
+    parser.add_argument("--data", type=Path, help="of songs; made where it is empty")
+    parser.add_argument("--mma", type=Path, help="folder of MMA's `lib` and `MMA`")
+    parser.add_argument("--songs", type=int, default=1000, help="made by MMA, up to this many")
+    parser.add_argument("--out", type=Path, help="gets checkpoint and curve")
     parser.add_argument("--minutes", type=float, default=84.0)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
-    make_songs(arguments.pop("mma"), arguments["data"], arguments.pop("songs"))
-    Trainer(TrainingOptions(**arguments)).run()
+    midi, mma, songs = (arguments.pop(name) for name in ("midi", "mma", "songs"))
+    prefix = "midi-" if midi else ""
+    data = arguments["data"] = arguments["data"] or Path(".cache/training", f"{prefix}songs")
+    arguments["out"] = arguments["out"] or Path(".cache/training", f"{prefix}generate_notes")
+    if midi:
+        report(make_midi_songs(midi, data), data)
+    elif len(list(data.glob("songs-????.npz"))) * FILE_SONGS < songs:
+        make_songs(mma or find_mma(), data, songs)
+    trainer = Trainer(TrainingOptions(**arguments))
+    trainer.run()
+    first, last = trainer.log[0], trainer.log[-1]
+    print(
+        f"{trainer.checkpoint}: {trainer.step} steps, loss {first['loss']} -> {last['loss']}, held "
+        f"out {first['held_out_loss']} -> {last['held_out_loss']}"
+    )
+    if not trainer.loss_fell:
+        raise SystemExit("The loss did not fall.")
 
 
 if __name__ == "__main__":
