@@ -1,0 +1,325 @@
+"""recordings of a voice -> what enrolment trains on: judged, cleaned, cut into 10 s; or a refusal.
+
+Every threshold says what was measured to choose it. "The voices" are the five of Debian's
+asterisk-core-sounds 1.6.1 (g722): Allison (en, es), June (fr), Carlo (it), Maxim's service (ru);
+66 recordings of each, about 6 minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.pitch_estimator import load_pitch_estimator
+from remix.audio_codec import Limits, decode
+from remix.consent import Consent
+from remix.errors import InvalidAudio, NoConsent
+from remix.loudness import LoudnessMeter, gated_lufs
+from remix.pitch import clean_pitch, loud_level_db
+from remix.resample import resample, to_mono
+from remix.vocal_frames import FRAME_SAMPLES, SAMPLE_RATE_HZ, frame_level_db, next_phrase
+from training.speaker_embedding import embed_windows, mean_embedding
+from training.voice_data import estimate_pitch
+
+Floats = NDArray[np.float32]
+
+LIMITS = Limits(duration_s=3600.0)
+"""Of one recording: a lecture."""
+
+SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"}
+"""What is looked for in a folder."""
+
+SILENT_DBFS = -50.0
+"""A recording whose loud frames are softer is left out: the voices' are at -15 to -12, their
+recordings of silence (a room's noise) below -50."""
+
+GATE_DB = 35.0
+"""Below its loud frames a recording is a pause."""
+
+PAUSE_FRAMES = 25
+"""Of a pause, 0.25 s are kept: as much as `voice_data` puts between recordings."""
+
+MIN_SPEECH_S = 60.0
+"""A choice, not a measurement: six segments, of which one is held out."""
+
+SEGMENT_FRAMES = 1000
+"""10 s, the paper's."""
+
+MAX_CLIPPED_SHARE = 0.001
+"""Of the samples. The voices have 0; driven 6 dB over full scale 0.004 and more."""
+
+CLIPPED = 0.999
+"""Of full scale; three samples in a row, as no clean peak has them."""
+
+MIN_SNR_DB = 15.0
+"""Voiced frames over the 5th percentile of all. The voices have 30 to 60; with white noise at 30, 20,
+15 and 10 dB it reads 30, 20, 15 and 10. Training copies the noise."""
+
+LOUDNESS_LUFS, PEAK = -20.0, 0.9
+"""Of what is trained on; the voices of the base lie there."""
+
+WINDOWS, ONE_SPEAKER, FEW = 4, 0.85, 0.1
+"""Windows of 3.9 s are parted into two groups. Of one of the voices the groups' similarity is 0.88
+to 0.98, of two it is 0.57 to 0.77 (Allison's English and Spanish: 0.83), for halves and for one in
+six. A tenth of the windows may be something else."""
+
+SAME_SPEAKER = 0.85
+"""A statement of 4 s against minutes of the same voice: 0.91 on average, 0.88 in 99 of 100; of
+another of the voices, at most 0.83."""
+
+MIN_STATEMENT_S = 3.0
+"""Of speech in a statement: three windows of the speaker encoder."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file of samples.
+
+    Args:
+        name: of the file.
+        samples: [T], mono, 16 kHz.
+        clipped_share: of its samples.
+    """
+
+    name: str
+    samples: Floats
+    clipped_share: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured of samples that will do.
+
+    Args:
+        speech_s: without pauses.
+        snr_db: of voiced frames over the quietest.
+        low_hz: F0, 5th percentile.
+        high_hz: F0, 95th percentile.
+        clipped_share: of all samples.
+        speaker_similarity: of the two most different groups of windows.
+        left_out: recordings that are silent.
+    """
+
+    speech_s: float
+    snr_db: float
+    low_hz: float
+    high_hz: float
+    clipped_share: float
+    speaker_similarity: float
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples that will do.
+
+    Args:
+        segments: [t] each, at most 10 s.
+        embedding: of the speaker.
+        judgement: what was measured.
+    """
+
+    segments: tuple[Floats, ...]
+    embedding: Floats
+    judgement: Judgement
+
+
+def find_recordings(paths: Sequence[Path]) -> list[Path]:
+    """Files, and what audio the folders among them hold.
+
+    Raises:
+        InvalidAudio: there is none.
+    """
+    found = []
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [p for p in inside if not path.is_dir() or p.suffix.lower() in SUFFIXES]
+    if not found:
+        raise InvalidAudio(
+            f"There are 0 recordings in {', '.join(map(str, paths))}; at least 1 is needed.",
+            value=0,
+            limit=1,
+            remedy=f"Give files, or folders with {', '.join(sorted(SUFFIXES))}.",
+        )
+    return found
+
+
+def read_recording(path: Path) -> Recording:
+    """A file of any format that the service takes.
+
+    Raises:
+        InvalidAudio, LimitExceeded: as `remix.audio_codec.decode`.
+    """
+    audio = asyncio.run(decode(path, LIMITS))
+    at_edge = (np.abs(audio.samples) >= CLIPPED).any(axis=0)
+    runs = np.convolve(at_edge, np.ones(3), "same") >= 3
+    mono = resample(to_mono(audio.samples), audio.sample_rate_hz, SAMPLE_RATE_HZ)[0]
+    return Recording(path.name, mono, float(runs.mean()))
+
+
+def judge(recordings: Sequence[Recording]) -> Samples:
+    """Clean, measure, cut.
+
+    Raises:
+        InvalidAudio: with the first reason for which they will not do.
+    """
+    loud_db = {r.name: loud_level_db(frame_level_db(r.samples)) for r in recordings}
+    heard = [r for r in recordings if loud_db[r.name] >= SILENT_DBFS]
+    if not heard:
+        loudest = max(loud_db.values())
+        raise _unfit(
+            f"The samples are silent: their loud parts are at {loudest:.0f} dBFS",
+            round(loudest), f"at least {SILENT_DBFS:.0f} dBFS is speech", SILENT_DBFS,
+            "Record nearer to the microphone, or raise its level.",
+        )  # fmt: skip
+    clipped = float(np.average([r.clipped_share for r in heard], weights=_lengths(heard)))
+    if clipped > MAX_CLIPPED_SHARE:
+        raise _unfit(
+            f"{clipped:.1%} of the samples are clipped",
+            clipped, f"at most {MAX_CLIPPED_SHARE:.1%} is taken", MAX_CLIPPED_SHARE,
+            "Record again with the level lower.",
+        )  # fmt: skip
+    speech = np.concatenate([shorten_pauses(level(r.samples)) for r in heard])
+    f0_hz, confidence = estimate_pitch(load_pitch_estimator(), speech)
+    level_db = frame_level_db(speech)
+    track = clean_pitch(f0_hz, confidence, level_db, loud_level_db(level_db))
+    require_speech(level_db, track.voiced)
+    speech_s = len(speech) / SAMPLE_RATE_HZ
+    if speech_s < MIN_SPEECH_S:
+        raise _unfit(
+            f"There are {speech_s:.0f} s of speech in the samples",
+            round(speech_s), f"at least {MIN_SPEECH_S:.0f} s are needed", MIN_SPEECH_S,
+            "Record more: some minutes make a better voice.",
+        )  # fmt: skip
+    snr_db = noise_distance_db(heard, level_db[track.voiced])
+    if snr_db < MIN_SNR_DB:
+        raise _unfit(
+            f"The speech is {snr_db:.0f} dB above the samples' noise",
+            round(snr_db), f"at least {MIN_SNR_DB:.0f} dB are needed", MIN_SNR_DB,
+            "Record in a quieter room, nearer to the microphone.",
+        )  # fmt: skip
+    embeddings = embed_windows(speech)
+    similarity, share = part_in_two(embeddings)
+    if similarity < ONE_SPEAKER and share >= FEW:
+        raise _unfit(
+            f"Several speakers: {share:.0%} of the samples have a similarity of {similarity:.2f} to "
+            "the rest",
+            round(similarity, 2), f"one speaker has at least {ONE_SPEAKER}", ONE_SPEAKER,
+            "Leave out whatever is not the one speaker.",
+        )  # fmt: skip
+    low_hz, high_hz = np.percentile(track.f0_hz[track.voiced], [5, 95])
+    quiet = tuple(r.name for r in recordings if loud_db[r.name] < SILENT_DBFS)
+    judgement = Judgement(
+        round(speech_s, 1), round(snr_db, 1), round(float(low_hz), 1), round(float(high_hz), 1),
+        clipped, round(similarity, 3), quiet,
+    )  # fmt: skip
+    return Samples(tuple(cut(speech, track.voiced)), mean_embedding(embeddings), judgement)
+
+
+def require_same_speaker(consent: Consent, statement: Recording, speaker: Floats) -> float:
+    """The similarity of who states the consent to who speaks in the samples.
+
+    Args:
+        consent: whose statement it is.
+        statement: the recording.
+        speaker: embedding of the samples.
+
+    Raises:
+        NoConsent: the statement is too short, or somebody else's.
+    """
+    is_silent = loud_level_db(frame_level_db(statement.samples)) < SILENT_DBFS
+    speech = shorten_pauses(statement.samples)
+    speech_s = 0.0 if is_silent else len(speech) / SAMPLE_RATE_HZ
+    if speech_s < MIN_STATEMENT_S:
+        raise NoConsent(
+            f"The statement of {consent.who} has {speech_s:.1f} s of speech; at least "
+            f"{MIN_STATEMENT_S:.0f} s are needed.",
+            value=round(speech_s, 1),
+            limit=MIN_STATEMENT_S,
+            remedy="Record them saying what they allow, in a sentence or two.",
+        )
+    similarity = float(mean_embedding(embed_windows(level(speech))) @ speaker)
+    if similarity < SAME_SPEAKER:
+        raise NoConsent(
+            f"The statement of {consent.who} and the samples are of different speakers: their "
+            f"similarity is {similarity:.2f}, one speaker's at least {SAME_SPEAKER}.",
+            value=round(similarity, 2),
+            limit=SAME_SPEAKER,
+            remedy="Only who speaks in the samples can allow it: record the statement with the same "
+            "microphone.",
+        )
+    return similarity
+
+
+def level(samples: Floats) -> Floats:
+    """As loud as what is trained on, peaks below full scale."""
+    meter = LoudnessMeter(SAMPLE_RATE_HZ)
+    meter.push(samples[None])
+    loudness = gated_lufs(meter.powers)
+    gain = 10.0 ** ((LOUDNESS_LUFS - loudness) / 20.0) if isfinite(loudness) else 1.0
+    peak = float(np.abs(samples).max(initial=1e-6))
+    return np.asarray(samples * np.float32(min(gain, PEAK / peak)), np.float32)
+
+
+def shorten_pauses(samples: Floats) -> Floats:
+    """Without what is longer than 0.25 s and `GATE_DB` below the loud frames; whole frames."""
+    level_db = frame_level_db(samples)
+    sounds = level_db >= loud_level_db(level_db) - GATE_DB
+    kept = np.convolve(sounds, np.ones(PAUSE_FRAMES), "same") > 0.5
+    frames = samples[: len(level_db) * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
+    return np.asarray(frames[kept[: len(frames)]].ravel(), np.float32)
+
+
+def noise_distance_db(recordings: Sequence[Recording], voiced_db: Floats) -> float:
+    """Voiced frames over the quietest twentieth: of the recordings as they were, pauses and all."""
+    whole = np.concatenate([frame_level_db(level(r.samples)) for r in recordings])
+    return float(np.median(voiced_db) - np.percentile(whole, 5)) if len(voiced_db) else 0.0
+
+
+def part_in_two(embeddings: Floats) -> tuple[float, float]:
+    """The most different two groups of windows: their similarity, and the smaller one's share.
+
+    Args:
+        embeddings: [N, 256], of 1.6 s each.
+
+    Returns:
+        (1, 0) where there are not two.
+    """
+    starts = range(0, max(len(embeddings) - WINDOWS, 0) + 1, WINDOWS)
+    windows = np.stack([mean_embedding(embeddings[at : at + WINDOWS]) for at in starts])
+    first = windows[np.argmin(windows @ windows.mean(axis=0))]
+    second = windows[np.argmin(windows @ first)]
+    is_first = windows @ first > windows @ second
+    for _ in range(20):  # k-means on the sphere
+        if is_first.all() or not is_first.any():
+            return 1.0, 0.0
+        first, second = mean_embedding(windows[is_first]), mean_embedding(windows[~is_first])
+        is_first = windows @ first > windows @ second
+    share = float(is_first.mean())
+    return float(first @ second), min(share, 1.0 - share)
+
+
+def cut(speech: Floats, voiced: NDArray[np.bool_]) -> list[Floats]:
+    """Segments of at most 10 s, cut where it is quiet."""
+    level_db = frame_level_db(speech)
+    segments, start = [], 0
+    while start < len(level_db):
+        # a phrase leaves room for its context, which a segment has not
+        stop = next_phrase(level_db, voiced, start, SEGMENT_FRAMES + 50).stop
+        segments.append(speech[start * FRAME_SAMPLES : stop * FRAME_SAMPLES])
+        start = stop
+    return segments
+
+
+def _lengths(recordings: Sequence[Recording]) -> list[int]:
+    return [max(len(r.samples), 1) for r in recordings]
+
+
+def _unfit(what: str, value: object, bound: str, limit: object, remedy: str) -> InvalidAudio:
+    return InvalidAudio(f"{what}; {bound}.", value=value, limit=limit, remedy=remedy)
