@@ -9,7 +9,8 @@ else is a hit.
 
 What lies in the store: entries `ab/abcd…`, each a header, the arrays' bytes and a checksum, written
 under another name and renamed. What an enrolled voice sang is in a folder of its model,
-`voices/MODEL/ab/abcd…`: so all of it is found when the voice is revoked. A damaged entry is a miss. No entry is ever unpickled.
+`voices/MODEL/ab/abcd…`: so all of it is found when the voice is revoked. A damaged entry is a
+miss. No entry is ever unpickled.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def consent_of(table: Mapping[str, Any]) -> Consent:
         # A TOML date-time is a date to Python.
         if not isinstance(table.get(name), kind) or isinstance(table[name], datetime):
             raise NoConsent(
-                f"The consent's {name} is {excerpt(table.get(name))!r}; it must be a {kind.__name__}.",
+                f"The consent's {name} is {excerpt(table.get(name))!r}; it must be a "
+                f"{kind.__name__}.",
                 value=excerpt(table.get(name)),
                 limit=kind.__name__,
                 remedy=f"State {', '.join(FIELDS)}.",

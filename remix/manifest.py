@@ -214,7 +214,8 @@ class OwnVoices:
                 seen[path] = path.stat().st_mtime_ns
         if seen == self._seen:
             return [], []
-        self._seen, entries = seen, {}
+        self._seen = seen
+        entries: Manifest = {}
         for path in seen:
             try:
                 entries |= {name: entry for name, entry in _entries(path) if _is_own_voice(entry)}

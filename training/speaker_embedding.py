@@ -1,7 +1,7 @@
 """speech -> who speaks: 256 numbers that lie close together for one speaker, far apart for two.
 
-The network and its weights are Resemblyzer's (a GE2E encoder); only its package's weight file is
-read. Measured by `python -m training.speaker_embedding FOLDER ...`: see `SAME_SPEAKER`.
+The network and its weights are Resemblyzer's (a GE2E encoder); of its package only the weight file
+is read. How far apart voices are: `training.samples`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ class SpeakerEncoder(nn.Module):
             samples, FFT_SAMPLES, HOP_SAMPLES, window=window, pad_mode="constant",
             return_complex=True,
         )  # fmt: skip
-        return (self.filters @ bins.abs().square()).T
+        mel: Tensor = (self.filters @ bins.abs().square()).T
+        return mel
 
     def forward(self, mels: Tensor) -> Tensor:
         """[B, N, 40] -> [B, 256] of length 1."""
         _, (hidden, _) = self.lstm(mels)
         raw = torch.relu(self.linear(hidden[-1]))
-        return raw / raw.norm(dim=1, keepdim=True)
+        embedding: Tensor = raw / raw.norm(dim=1, keepdim=True)
+        return embedding
 
 
 @cache
@@ -91,7 +93,7 @@ def embed_windows(samples: Floats) -> Floats:
     if len(mel) < WINDOW_FRAMES:
         mel = nn.functional.pad(mel, (0, 0, 0, WINDOW_FRAMES - len(mel)))
     windows = mel.unfold(0, WINDOW_FRAMES, STEP_FRAMES).transpose(1, 2)
-    return np.concatenate([encoder(batch).numpy() for batch in windows.split(64)])
+    return np.concatenate([encoder(batch).numpy() for batch in torch.split(windows, 64)])
 
 
 def mean_embedding(embeddings: Floats) -> Floats:
