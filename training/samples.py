@@ -264,9 +264,7 @@ def require_same_speaker(consent: Consent, statement: Recording, speaker: Floats
         NoConsent: the statement is too short, or somebody else's.
     """
     is_silent = loud_level_db(frame_level_db(statement.samples)) < SILENT_DBFS
-    kept = sounding(statement.samples)
-    speech = whole_frames(statement.samples).reshape(-1, FRAME_SAMPLES)[kept].ravel()
-    speech_s = 0.0 if is_silent else len(speech) / SAMPLE_RATE_HZ
+    speech_s = 0.0 if is_silent else len(speech_of(statement.samples)) / SAMPLE_RATE_HZ
     if speech_s < MIN_STATEMENT_S:
         raise NoConsent(
             f"The statement of {consent.who} has {speech_s:.1f} s of speech; at least "
@@ -275,7 +273,7 @@ def require_same_speaker(consent: Consent, statement: Recording, speaker: Floats
             limit=MIN_STATEMENT_S,
             remedy="Record them saying what they allow, in a sentence or two.",
         )
-    similarity = float(mean_embedding(embed_windows(level(speech))) @ speaker)
+    similarity = float(speaker_of(statement.samples) @ speaker)
     if similarity < SAME_SPEAKER:
         raise NoConsent(
             f"The statement of {consent.who} and the samples are of different speakers: their "
@@ -286,6 +284,17 @@ def require_same_speaker(consent: Consent, statement: Recording, speaker: Floats
             "same microphone.",
         )
     return similarity
+
+
+def speaker_of(samples: Floats) -> Floats:
+    """The embedding of who speaks in a recording: [T] -> [256]."""
+    return mean_embedding(embed_windows(level(speech_of(samples))))
+
+
+def speech_of(samples: Floats) -> Floats:
+    """A recording without its pauses."""
+    kept = sounding(samples)
+    return np.asarray(whole_frames(samples).reshape(-1, FRAME_SAMPLES)[kept].ravel(), np.float32)
 
 
 def level(samples: Floats) -> Floats:
