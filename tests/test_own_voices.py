@@ -23,7 +23,7 @@ from jobs.stage_cache import StageCache
 from jobs.voices import revoke
 from remix.consent import consent_of, read_consent
 from remix.errors import NoConsent, NotFound
-from remix.manifest import OwnVoices, read_manifest, stage_of
+from remix.manifest import OwnVoices, TensorSpec, read_manifest, stage_of
 from remix.models import choose_models, installed_voices
 from remix.options import RemixOptions
 from remix.settings import Settings, read_settings
@@ -166,8 +166,10 @@ def test_voice_whose_consent_ended_does_not_convert(tmp_path: Path) -> None:
 
 def test_voice_that_is_let_go_sings_no_more() -> None:
     class Graph:
-        facts: dict[str, str] = {}  # noqa: RUF012
-        inputs = outputs = ()
+        def __init__(self) -> None:
+            self.facts: dict[str, str] = {}
+            self.inputs: tuple[TensorSpec, ...] = ()
+            self.outputs: tuple[TensorSpec, ...] = ()
 
         def __call__(self, inputs: Any) -> Any:
             return {"audio": np.zeros(1)}
@@ -184,7 +186,10 @@ def test_voice_that_is_let_go_sings_no_more() -> None:
 
 
 def test_revocation_leaves_nothing_and_lists_what_went(tmp_path: Path) -> None:
-    models_dir, name = with_installed_models(tmp_path / "models"), "allison"  # whom the fake composer can sing with
+    models_dir, name = (
+        with_installed_models(tmp_path / "models"),
+        "allison",
+    )  # whom the fake composer can sing with
     settings = replace(read_settings(), models_dir=models_dir, data_dir=tmp_path / "data")
     model = write_voice(models_dir, name)
     window = {"content": np.ones((1, 4), np.float32)}

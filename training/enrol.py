@@ -47,7 +47,7 @@ from remix.settings import read_settings
 from remix.vocal_frames import SAMPLE_RATE_HZ
 from training.convert_voice import TrainingOptions, train
 from training.samples import Samples, find_recordings, judge, read_recording, require_same_speaker
-from training.voice_base import BASE
+from training.voice_base import BASE, base_licence
 from training.voice_data import load_stream
 
 SOURCES = MANIFEST_PATH.parent / ".cache" / "sources"
@@ -229,7 +229,10 @@ def export(enrolment: Enrolment, folder: Path, models_dir: Path) -> ModelEntry:
     checkpoint = folder / "training" / "checkpoint.pt"
     model = f"voice-{enrolment.name}-{sha256_of(checkpoint)[:8]}"
     best = torch.load(checkpoint, map_location="cpu", weights_only=True)["best"]
-    licence = f"{consent.who} allows, until {consent.until}: {consent.purpose}"
+    licence = (
+        f"{consent.who} allows, until {consent.until}: {consent.purpose}. The base it was trained "
+        f"from: {base_licence()}"
+    )
     source = (
         f"training/enrol.py: {best['step']} steps from starter/voice-base.safetensors on "
         f"{card['speech_s'] / 60:.1f} minutes of {consent.who}"

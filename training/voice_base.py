@@ -71,6 +71,12 @@ def load_base(trainer: Any, path: Path) -> None:
         raise InvalidModel(f"{path} lacks {wanting[:3]}, and has {unknown[:3]} for nothing.")
 
 
+def base_licence(path: Path = BASE) -> str:
+    """Of the base, which a voice that is made of it is a derivative of."""
+    with safe_open(path, "pt") as file:
+        return str(file.metadata()["licence"])
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
