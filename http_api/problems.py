@@ -55,12 +55,12 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     errors.InvalidOption: Kind(422, "invalid-option", "An option is wrong"),
     errors.LimitExceeded: Kind(413, "limit-exceeded", "The input is larger than the service takes"),
     errors.NotFound: Kind(404, "not-found", "No such voice, model or job"),
-    errors.NoConsent: Kind(403, "no-consent", "The voice may not be used"),
     errors.Conflict: Kind(409, "conflict", "The id stands for another request"),
     errors.InvalidModel: Kind(500, "invalid-model", "A model of the service is damaged"),
     errors.ModelFailed: Kind(500, "model-failed", "A model of the service failed"),
     errors.Unauthenticated: Kind(401, "unauthenticated", "An API key is needed"),
     errors.Forbidden: Kind(403, "forbidden", "The API key does not reach so far"),
+    errors.NoConsent: Kind(403, "no-consent", "The voice may not be used"),
     # Where the error does not know better. A remix takes minutes: sooner is refused again.
     errors.QueueFull: Kind(429, "queue-full", "The service is busy", retry_after_s=30),
     errors.DeadlineExceeded: Kind(504, "deadline-exceeded", "The time ran out"),

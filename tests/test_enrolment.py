@@ -37,6 +37,11 @@ from training.samples import (
 from training.speaker_embedding import embed_windows
 from training.voice_base import BASE, load_base
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*return_complex=False:UserWarning"),  # torch, of FCPE's
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),  # the fork's
+]
+
 Floats = NDArray[np.float32]
 RATE = SAMPLE_RATE_HZ
 
@@ -91,14 +96,14 @@ def test_each_unfit_sample_is_refused_with_its_own_reason(her: Floats) -> None:
     seconds = np.arange(12 * RATE) / RATE
     chord = sum(np.sin(2 * np.pi * hz * seconds) for hz in (220.0, 277.2, 329.6, 440.0))
     music = (0.1 * chord * (1.2 + np.sin(2 * np.pi * 2 * seconds))).astype(np.float32)
-    hiss = 0.06 * rng.standard_normal(len(her)).astype(np.float32)
-    both = np.concatenate([her[: 40 * RATE], say(40.0, *HE)])
+    hiss = 0.06 * rng.standard_normal(15 * RATE).astype(np.float32)
+    both = np.concatenate([her[: 12 * RATE], say(12.0, *HE)])
     cases = [
-        ("silent", recording(0.0001 * her)),
+        ("silent", recording(np.float32(0.0001) * her)),
         ("clipped", recording(her, clipped_share=0.02)),
         ("music", recording(music)),
         ("3 s of speech", recording(her[: 3 * RATE])),
-        ("noise", recording(her + hiss)),
+        ("noise", recording(her[: 15 * RATE] + hiss)),
         ("Several speakers", recording(both)),
     ]
     for words, unfit in cases:
@@ -200,14 +205,12 @@ def test_training_stops_when_the_best_is_long_ago() -> None:
 
 TRAIN = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from training.convert_voice import train
-from training.enrol import fine_tuning
+from training.convert_voice import TrainingOptions, train
 from training.voice_base import BASE
 from training.voice_data import Stream
 
@@ -220,40 +223,38 @@ stream = Stream(
     [rng.standard_normal((n // 2, 384)).astype(np.float16)],
     [1.0],
 )
-options = replace(fine_tuning(8), batch=2, n_prior=1, judge_every=4, save_every=2, copies=1)
+options = TrainingOptions(
+    steps=8, batch=2, n_prior=1, judge_every=4, save_every=2, patience=2, copies=1
+)
 train([stream], [stream], ["noise"], options, Path(sys.argv[1]), BASE)
 """
 
 
-def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    folders = [tmp_path / "whole", tmp_path / "killed"]
-    for folder in folders:
-        folder.mkdir()
-    run(folders[0]).wait(120)
-    checkpoint = folders[1] / "checkpoint.pt"
-    killed = run(folders[1])
+def test_training_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    killed = run(tmp_path)
     until_s = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < until_s:
         time.sleep(0.001)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     at_kill = torch.load(checkpoint, weights_only=True)["step"]
-    again = run(folders[1], stdout=subprocess.PIPE)
+    again = run(tmp_path)
     said, _ = again.communicate(timeout=120)
     assert (again.returncode, f"resumed at step {at_kill}" in said) == (0, True), said
-    whole, resumed = (torch.load(f / "checkpoint.pt", weights_only=True) for f in folders)
-    assert whole["step"] == resumed["step"] == 8
-    assert (folders[1] / "curves.png").stat().st_size > 1000
-    # What differs is dropout, whose generator begins anew: the same batches, nearly the same loss.
-    last, again_last = whole["curves"][-1], resumed["curves"][-1]
-    assert last["held_out_mel"] == pytest.approx(again_last["held_out_mel"], rel=0.2)
+    state = torch.load(checkpoint, weights_only=True)
+    measured = {point["step"]: point["held_out_mel"] for point in state["curves"]}
+    assert state["step"] == 8
+    assert list(measured) == [4.0, 8.0]
+    assert state["best"]["held_out_mel"] == pytest.approx(min(measured.values()), abs=1e-4)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def run(folder: Path, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+def run(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", TRAIN, str(folder)],
         cwd=ROOT,
-        stdout=stdout,
+        stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         text=True,
     )

@@ -73,7 +73,7 @@ def fine_tuning(steps: int) -> TrainingOptions:
         learning_rate=4e-4,
         final_learning_rate=2e-5,
         warmup_steps=20,
-        judge_every=50,
+        judge_every=min(50, steps),
         save_every=25,
         patience=4,
     )
@@ -302,6 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="at most; default %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="0: torch decides")
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # torch, of its own future

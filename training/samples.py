@@ -209,15 +209,6 @@ def judge(recordings: Sequence[Recording]) -> Samples:
     track = clean_pitch(f0_hz, confidence, level_db, loud_level_db(level_db))
     kept = np.concatenate([sounding(r.samples) for r in heard])
     speech, voiced = whole.reshape(-1, FRAME_SAMPLES)[kept].ravel(), track.voiced[kept]
-    speech_s = len(speech) / SAMPLE_RATE_HZ
-    if speech_s < MIN_SPEECH_S:
-        raise _unfit(
-            f"There are {speech_s:.0f} s of speech in the samples",
-            round(speech_s),
-            f"at least {MIN_SPEECH_S:.0f} s are needed",
-            MIN_SPEECH_S,
-            "Record more: some minutes make a better voice.",
-        )
     snr_db = float(np.median(level_db[track.voiced]) - np.percentile(level_db, 5))
     if snr_db < MIN_SNR_DB:
         raise _unfit(
@@ -237,6 +228,15 @@ def judge(recordings: Sequence[Recording]) -> Samples:
             f"one speaker has at least {ONE_SPEAKER}",
             ONE_SPEAKER,
             "Leave out whatever is not the one speaker.",
+        )
+    speech_s = len(speech) / SAMPLE_RATE_HZ
+    if speech_s < MIN_SPEECH_S:
+        raise _unfit(
+            f"There are {speech_s:.0f} s of speech in the samples",
+            round(speech_s),
+            f"at least {MIN_SPEECH_S:.0f} s are needed",
+            MIN_SPEECH_S,
+            "Record more: some minutes make a better voice.",
         )
     low_hz, high_hz = np.percentile(track.f0_hz[track.voiced], [5, 95])
     quiet = tuple(r.name for r in recordings if loud_db[r.name] < SILENT_DBFS)
