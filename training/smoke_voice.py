@@ -106,6 +106,7 @@ def check(folder: Path, url: str, environment: dict[str, str], source: Floats) -
         "served_and_sung_after_s": round(served_s, 1),
         "similarity_to_target": round(to_target, 3),
         "similarity_to_source": round(to_source, 3),
+        "similarity_of_source_to_target": round(float(speaker_of(source) @ speaker_of(target)), 3),
         "left_after_revocation": len(left),
     }
 
