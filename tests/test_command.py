@@ -188,8 +188,7 @@ def test_voices_are_listed_with_and_without_the_word(fake_server: ServerProcess)
 
 
 def test_voice_without_consent_is_not_enrolled(tmp_path: Path) -> None:
-    models = {"PHILHARMONICS_MODELS": str(tmp_path)}
-    done = run("voices", "add", "june", "--samples", tmp_path, **models)
+    done = run("voices", "add", "june", "--samples", tmp_path, PHILHARMONICS_MODELS=str(tmp_path))
     assert (done.returncode, "no consent file" in done.stderr) == (3, True), done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -279,6 +279,7 @@ def train(
         if step % 50 == 0 or step % options.judge_every == 0:
             mel_mean, kl_mean = sums / counted
             point = {"step": float(step), "mel": mel_mean, "kl": kl_mean}
+            point["total"] = options.mel_weight * mel_mean + options.kl_weight * kl_mean
             if step % options.judge_every == 0:
                 point["held_out_mel"] = held_out_mel(trainer, held_out, options, device)
                 if options.patience and point["held_out_mel"] < best.held_out_mel:
@@ -386,8 +387,8 @@ def plot_curves(curves: Sequence[Mapping[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
-    for axis, keys in zip(axes, (("mel", "held_out_mel"), ("kl",)), strict=True):
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3))
+    for axis, keys in zip(axes, (("mel", "held_out_mel"), ("kl",), ("total",)), strict=True):
         for key in keys:
             points = [(curve["step"], curve[key]) for curve in curves if key in curve]
             if points:
