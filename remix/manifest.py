@@ -210,7 +210,7 @@ class OwnVoices:
         """
         seen = {}
         for path in sorted(self._folder.glob(f"*/{VOICE_FILE}")):
-            with suppress(FileNotFoundError):  # revoked this moment
+            with suppress(OSError):  # revoked this moment
                 seen[path] = path.stat().st_mtime_ns
         if seen == self._seen:
             return [], []
@@ -221,13 +221,14 @@ class OwnVoices:
                 entries |= {name: entry for name, entry in _entries(path) if _is_own_voice(entry)}
             except (InvalidModel, OSError, ValueError) as error:
                 _log.warning("The voice in %s is left out: %s", path.parent, error)
-        new = {name: e for name, e in entries.items() if name not in self._manifest}
-        gone = sorted(self._names - set(entries))
+        known = self._names
+        own = {n: entry for n, entry in entries.items() if n in known or n not in self._manifest}
+        gone = sorted(known - set(own))
         for name in gone:
             del self._manifest[name]
-        self._manifest |= new
-        self._names = (self._names | set(new)) - set(gone)
-        return list(new.values()), gone
+        self._manifest |= own
+        self._names = set(own)
+        return [entry for name, entry in own.items() if name not in known], gone
 
 
 def stage_of(manifest: Manifest, model: str) -> Stage:

@@ -23,7 +23,7 @@ from remix.convert_voice import (
     Voice,
     voice_names,
 )
-from remix.errors import InvalidModel, InvalidOption, NotFound
+from remix.errors import InvalidModel, InvalidOption, NotFound, RemixError
 from remix.manifest import ModelEntry, OwnVoices, TensorSpec, installed, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
@@ -197,7 +197,7 @@ class ConvertVoice(Runner):
         for entry in new:
             try:
                 self._own[entry.name] = model = await asyncio.to_thread(self._open, entry)
-            except InvalidModel as error:
+            except (RemixError, OSError) as error:
                 _log.warning("The voice %s is not served: %s", entry.name, error)
                 continue
             self._inference.add(model)

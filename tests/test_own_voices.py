@@ -127,7 +127,11 @@ def test_voice_comes_and_goes_while_the_manifest_is_in_use(tmp_path: Path) -> No
     assert stage_of(manifest, model) == "convert_voice"
     assert ("june", manifest[model]) in installed_voices(manifest, tmp_path)
     assert voices.refresh() == ([], [])
-    (tmp_path / "voices/june/voice.toml").unlink()
+    entry = tmp_path / "voices/june/voice.toml"
+    entry.write_text(entry.read_text().replace('"tests"', '"fewer tests"'))
+    assert voices.refresh() == ([], [])  # the same model, of which something else is said
+    assert manifest[model].facts["consent"]["purpose"] == "fewer tests"
+    entry.unlink()
     assert voices.refresh() == ([], [model])
     assert manifest == read_manifest()
     with pytest.raises(NotFound, match=model):
