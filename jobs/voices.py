@@ -23,6 +23,7 @@ from jobs.files import Files
 from jobs.job import ENDED
 from jobs.rows import EVENTS, JOBS, PLAYED, Row, Rows, row_of
 from jobs.stage_cache import folder_of
+from jobs.workflow import forget_workflows
 from remix.errors import NotFound, RemixError
 from remix.manifest import VOICE_FILE, VOICES_DIR
 from remix.settings import Settings, read_settings
@@ -83,24 +84,26 @@ async def _forget_jobs(name: str, settings: Settings) -> list[str]:
         found = [row_of(row) for row in db.execute(sa.select(JOBS))]
         return [row for row in found if row.job.options.voice == name]
 
-    def forget(db: sa.Connection, uids: Sequence[str]) -> None:
+    def stop(db: sa.Connection, uids: Sequence[str]) -> list[str]:
         for uid in uids:
             rows.end_in(db, uid, "cancelled", JOBS.c.state.not_in(ENDED))
-        # A service that runs deletes the rest of them, and what dbos noted, at its next sweep.
+        # Those at work are stopped by their composer, which deletes them at its next sweep.
         db.execute(sa.update(JOBS).where(JOBS.c.uid.in_(uids)).values(expires_s=0.0))
-        closed = list(
-            db.execute(
-                sa.select(JOBS.c.uid).where(JOBS.c.uid.in_(uids), JOBS.c.is_closed)
-            ).scalars()
-        )
+        of_these = sa.and_(JOBS.c.uid.in_(uids), JOBS.c.is_closed)
+        return list(db.execute(sa.select(JOBS.c.uid).where(of_these)).scalars())
+
+    def forget(db: sa.Connection, uids: Sequence[str]) -> None:
         for table in (PLAYED, EVENTS, JOBS):
-            db.execute(sa.delete(table).where(table.c.uid.in_(closed)))
+            db.execute(sa.delete(table).where(table.c.uid.in_(uids)))
 
     try:
         jobs: list[Row] = await database.call(find)
         uids = [row.uid for row in jobs]
-        await database.call(lambda db: forget(db, uids))
+        closed = await database.call(lambda db: stop(db, uids))
         await files.run(files.delete, uids)
+        if closed:
+            await asyncio.to_thread(forget_workflows, settings.database_url, closed)
+            await database.call(lambda db: forget(db, closed))
         return [f"job {row.job.id} ({row.job.state}) and its files" for row in jobs]
     finally:
         files.close()

@@ -209,6 +209,9 @@ def test_revocation_leaves_nothing_and_lists_what_went(tmp_path: Path) -> None:
         await make_jobs(settings, tmp_path, name)
 
     asyncio.run(use())
+    with open_database(settings.database_url).connect() as db:
+        uid = db.execute(sa.select(JOBS.c.uid).where(JOBS.c.id == "sung")).scalar_one()
+    assert {"jobs", "workflow_status"} <= set(rows_with(settings, uid))
     before = files_below(tmp_path)
     deleted = revoke(name, settings)
     left = files_below(tmp_path)
@@ -217,8 +220,9 @@ def test_revocation_leaves_nothing_and_lists_what_went(tmp_path: Path) -> None:
     assert all(any(path in line for line in deleted) for path in went if "voice.toml" not in path)
     assert [line.split()[0] for line in deleted].count("cached") == 1
     assert len(list((tmp_path / "data/cache").rglob("*/*"))) == 1  # what the starter sang
-    assert [line for line in deleted if line.startswith("job")] == ["job hers (done) and its files"]
-    assert jobs_left(settings) == ["others"]
+    assert [line for line in deleted if line.startswith("job")] == ["job sung (done) and its files"]
+    assert rows_with(settings, "sung") == rows_with(settings, uid) == []
+    assert "jobs" in rows_with(settings, "others")
     assert len(list((tmp_path / "data/artifacts").glob("*"))) == 1
     with pytest.raises(NotFound, match="allison"):
         revoke(name, settings)
@@ -236,7 +240,7 @@ async def make_jobs(settings: Settings, folder: Path, name: str) -> None:
     jobs = Jobs(settings, composer, Estimator(read_cost_model()), database)
     await jobs.start()
     try:
-        for job_id, voice in (("hers", name), ("others", "carlo")):
+        for job_id, voice in (("sung", name), ("others", "carlo")):
             await jobs.submit(folder / "song.wav", RemixOptions(voice=voice), "ann", job_id)
             async for _ in jobs.events(job_id, "ann"):
                 pass
@@ -251,6 +255,12 @@ async def closed(database: Database) -> list[bool]:
     return await database.call(lambda db: list(db.execute(sa.select(JOBS.c.is_closed)).scalars()))
 
 
-def jobs_left(settings: Settings) -> list[str]:
-    with open_database(settings.database_url).connect() as db:
-        return list(db.execute(sa.select(JOBS.c.id)).scalars())
+def rows_with(settings: Settings, text: str) -> list[str]:
+    """The tables, dbos's too, of which some row has the text in any column."""
+    engine = open_database(settings.database_url)
+    found = []
+    with engine.connect() as db:
+        for table in sa.inspect(engine).get_table_names():
+            rows = db.execute(sa.select(sa.text("*")).select_from(sa.table(table))).all()
+            found += [table] if any(text in str(row) for row in rows) else []
+    return found
