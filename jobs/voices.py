@@ -4,13 +4,15 @@
 
 Gone are its folder (model, samples, statement, training), the windows that it sang in the stage
 cache, and the jobs that it sang in, with their files. The running service lets the model go within
-a second. Not reached: results that somebody has fetched, and backups.
+a second; its name stays in that process's metrics and in logs. Not reached: results that somebody
+has fetched, and backups.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +31,17 @@ from remix.manifest import VOICE_FILE, VOICES_DIR
 from remix.settings import Settings, read_settings
 
 
-def revoke(name: str, settings: Settings) -> list[str]:
+SETTLE_S = 3.0
+"""A runner lets a revoked voice go within a second; what it still sang is in the cache by then."""
+
+
+def revoke(name: str, settings: Settings, settle_s: float = SETTLE_S) -> list[str]:
     """Delete a voice; what was deleted, a line each.
+
+    Args:
+        name: of the voice.
+        settings: where the service keeps things.
+        settle_s: how long a service that runs is given to let it go.
 
     Raises:
         NotFound: no such voice is enrolled.
@@ -51,6 +62,7 @@ def revoke(name: str, settings: Settings) -> list[str]:
     if models:  # its folder goes last: who is cut off begins again, and still finds it
         (folder / VOICE_FILE).rename(folder / f"{VOICE_FILE}.revoked")
         deleted.append(f"manifest entry of {', '.join(models)}")
+        time.sleep(settle_s)
     else:
         models = _models(folder / f"{VOICE_FILE}.revoked")
     deleted += asyncio.run(_forget_jobs(name, settings))

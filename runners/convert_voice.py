@@ -182,7 +182,7 @@ class ConvertVoice(Runner):
         """See `Runner.start`; and serve the voices that are enrolled here."""
         await super().start()
         self._voices = OwnVoices(dict(read_manifest()), self._settings.models_dir)
-        self._own: dict[str, WindowModel] = {}
+        self._own: dict[str, tuple[ModelEntry, WindowModel]] = {}
         await self._look()
         self._looking = asyncio.create_task(self._look_again())
 
@@ -196,15 +196,18 @@ class ConvertVoice(Runner):
         new, gone = await asyncio.to_thread(self._voices.refresh)
         for entry in new:
             try:
-                self._own[entry.name] = model = await asyncio.to_thread(self._open, entry)
+                model = await asyncio.to_thread(self._open, entry)
             except (RemixError, OSError) as error:
                 _log.warning("The voice %s is not served: %s", entry.name, error)
                 continue
+            self._own[entry.name] = entry, model
             self._inference.add(model)
             MODEL_INFO.labels(self.stage, model.name, entry.files[0].sha256).set(1)
             _log.info("The voice %s is served.", entry.name)
         for name in set(gone) & set(self._own):
-            self._own.pop(name).let_go()
+            entry, model = self._own.pop(name)
+            model.let_go()
+            MODEL_INFO.labels(self.stage, name, entry.files[0].sha256).set(0)
             _log.info("The voice %s was revoked.", name)
 
     def _open(self, entry: ModelEntry) -> WindowModel:

@@ -213,7 +213,7 @@ def test_revocation_leaves_nothing_and_lists_what_went(tmp_path: Path) -> None:
         uid = db.execute(sa.select(JOBS.c.uid).where(JOBS.c.id == "sung")).scalar_one()
     assert {"jobs", "workflow_status"} <= set(rows_with(settings, uid))
     before = files_below(tmp_path)
-    deleted = revoke(name, settings)
+    deleted = revoke(name, settings, settle_s=0.0)
     left = files_below(tmp_path)
     assert not [path for path in left if model in path or "voices/" in path]
     went = {path for path in before - left if path.startswith("models/")}

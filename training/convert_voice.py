@@ -252,7 +252,7 @@ def train(
         trainer.load_state_dict(checkpoint["trainer"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         curves, step = checkpoint["curves"], checkpoint["step"]
-        best, network = Best(**checkpoint["best"]), checkpoint["network"]
+        best, network = Best(**checkpoint.get("best", {})), checkpoint["network"]
         print(f"resumed at step {step}", flush=True)
     description = {"speakers": list(names), "options": asdict(options)}
     (out / "model.json").write_text(json.dumps(description, indent=2))
