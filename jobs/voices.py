@@ -30,7 +30,6 @@ from remix.errors import NotFound, RemixError
 from remix.manifest import VOICE_FILE, VOICES_DIR
 from remix.settings import Settings, read_settings
 
-
 SETTLE_S = 3.0
 """A runner lets a revoked voice go within a second; what it still sang is in the cache by then."""
 
