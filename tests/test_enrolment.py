@@ -88,7 +88,8 @@ def test_samples_of_one_voice_will_do_and_are_cut_into_segments(her: Floats) -> 
     assert 150 < samples.judgement.low_hz < 210 < samples.judgement.high_hz < 280
     lengths = [len(segment) for segment in samples.segments]
     assert max(lengths) <= SEGMENT_FRAMES * FRAME_SAMPLES
-    assert sum(lengths) == pytest.approx(samples.judgement.speech_s * RATE, abs=FRAME_SAMPLES)
+    # The judgement is rounded to tenths of a second.
+    assert sum(lengths) == pytest.approx(samples.judgement.speech_s * RATE, abs=0.051 * RATE)
 
 
 def test_each_unfit_sample_is_refused_with_its_own_reason(her: Floats) -> None:
@@ -237,7 +238,7 @@ def test_training_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     while not checkpoint.exists() and time.monotonic() < until_s:
         time.sleep(0.001)
     os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     at_kill = torch.load(checkpoint, weights_only=True)["step"]
     again = run(tmp_path)
     said, _ = again.communicate(timeout=120)
