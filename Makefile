@@ -10,7 +10,11 @@ OUT ?= out/demo
 MIDI ?=
 MODEL ?=
 HUB ?= $(PHILHARMONICS_HUB)
-export PYTHON SONG VOICE OUT HUB MIDI MODEL
+NAME ?=
+SAMPLES ?=
+CONSENT ?=
+SMOKE ?=
+export PYTHON SONG VOICE OUT HUB MIDI MODEL NAME SAMPLES CONSENT SMOKE
 
 # In a terminal pip shows its progress, elsewhere it only speaks of errors.
 PIP_FLAGS := --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
@@ -147,6 +151,12 @@ alert-faults: export-environment  ## alerts fire on faults of real processes; so
 .PHONY: gpu-check
 gpu-check: .venv-chart/installed  ## what the GPU image installs, resolved and not fetched, and its size
 	@.venv-chart/bin/python docker/resolve_cuda.py
+
+.PHONY: train-voice
+train-voice: export-environment  ## enrol NAME from SAMPLES and CONSENT; SMOKE=1: from end to end, in minutes
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@if [ -n "$$SMOKE" ]; then .venv-dev/bin/python -m training.smoke_voice; else \
+		.venv-dev/bin/philharmonics voices add "$$NAME" --samples "$$SAMPLES" --consent "$$CONSENT"; fi
 
 .PHONY: clean
 clean:  ## remove environments, models, fetched files and results

@@ -101,7 +101,7 @@ class Remix:
         _desk.keys = KeyStore(self._database)
         if _desk.door.asks_for_keys:
             await _desk.door.open(_desk.keys.list)
-        manifest = read_manifest()
+        manifest = dict(read_manifest())  # the composer adds enrolled voices, for all who have it
         self._runners = Runners(_settings, manifest)
         _ingress.heed_signals()
         self._cache = StageCache(

@@ -23,11 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from client.api import DEFAULT_URL, Busy, Client, PhilharmonicsError, Problem, Refused, Unreachable
-from client.export_environment import run_export, run_tuner
+from client.export_environment import run_export, run_revocation, run_tuner
 from client.local_server import StartFailed, local_server, serve_forever
 from client.progress import show_progress
 
 REFUSED, UNREACHABLE, FAILED, BUSY, INTERRUPTED = 3, 4, 5, 6, 130
+
+PASSED_ON = {"ignore_unknown_options": True, "help_option_names": list[str]()}
+"""Of a command whose arguments another program reads."""
 
 SCOPES_HELP = "remix, voices, metrics or admin; may be repeated."
 
@@ -124,13 +127,41 @@ def models(server: str | None, key: str | None) -> None:
     _print(rows, ["name", "stage", "weights", "licence", "installed", "default"])
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @server_options
-def voices(server: str | None, key: str | None) -> None:
+@click.pass_context
+def voices(context: click.Context, server: str | None, key: str | None) -> None:
+    """Voices: list those that can sing (as without a command), enrol one, revoke one."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_voices, server=server, key=key)
+
+
+@voices.command("list")
+@server_options
+def list_voices(server: str | None, key: str | None) -> None:
     """List the voices that can sing."""
     with _errors(), _server(server, key) as client:
         rows = client.voices()
     _print(rows, ["name", "model", "weights", "licence", "default"])
+
+
+@voices.command("add", context_settings=PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def add_voice(arguments: tuple[str, ...]) -> None:
+    """Enrol a voice of this machine's service: NAME --samples DIR|FILES --consent FILE [--steps N].
+
+    Needs the export environment.
+    """
+    with _errors():
+        sys.exit(run_export(list(arguments), "training.enrol"))
+
+
+@voices.command("remove")
+@click.argument("name")
+def remove_voice(name: str) -> None:
+    """Revoke the voice NAME of this machine's service: delete all of it, and list what went."""
+    with _errors():
+        sys.exit(run_revocation([name]))
 
 
 @main.group()
@@ -178,10 +209,7 @@ def revoke_key(key_id: str, server: str | None, key: str | None) -> None:
     click.echo(f"{key_id} is revoked.")
 
 
-@main.command(
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+@main.command(context_settings=PASSED_ON, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def export(arguments: tuple[str, ...]) -> None:
     """Make a served model of a checkpoint, with a report; needs the export environment."""
@@ -189,10 +217,7 @@ def export(arguments: tuple[str, ...]) -> None:
         sys.exit(run_export(list(arguments)))
 
 
-@main.command(
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+@main.command(context_settings=PASSED_ON, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def tune(arguments: tuple[str, ...]) -> None:
     """Measure which batches are worth making here; --write puts them into models.toml."""

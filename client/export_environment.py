@@ -35,13 +35,19 @@ def export_python(checkout: Path = CHECKOUT) -> str:
     )
 
 
-def run_export(arguments: list[str]) -> int:
-    """Run the exporter; its exit code.
+def run_export(arguments: list[str], module: str = "export") -> int:
+    """Run the exporter, or another module of that environment; its exit code.
 
     Raises:
         StartFailed: no interpreter here can.
     """
-    command = [export_python(), "-m", "export", *arguments]
+    command = [export_python(), "-m", module, *arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def run_revocation(arguments: list[str]) -> int:
+    """Revoke a voice, in this environment: the jobs' database is known here; its exit code."""
+    command = [sys.executable, "-m", "jobs.voices", "remove", *arguments]
     return subprocess.run(command, check=False).returncode
 
 

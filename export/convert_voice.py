@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ PROVENANCE = {
         "licence": "MIT",
         "source": "PyPI torchfcpe 0.0.4, assets/fcpe_c_v001.pt",
     },
+}
+
+STARTER_PROVENANCE = {
+    "training_command": "python -m training.convert_voice",
+    "licence": "CC-BY-SA-3.0",
+    "source": "Debian asterisk-core-sounds-en-g722 and -it-g722 1.6.1-1",
 }
 
 ARCHITECTURES = (
@@ -101,8 +108,16 @@ def weightless_graph(name: str, original: Original) -> onnx.ModelProto:
     return empty(graph, {ours: {"array": theirs} for ours, theirs in array_of.items()})
 
 
-def voice_model(name: str, folder: Path) -> onnx.ModelProto:
-    """A complete voice out of a folder of `training.convert_voice`."""
+def voice_model(
+    name: str, folder: Path, provenance: Mapping[str, str] = STARTER_PROVENANCE
+) -> onnx.ModelProto:
+    """A complete voice out of a folder of `training.convert_voice`.
+
+    Args:
+        name: of the manifest entry.
+        folder: with checkpoint.pt and model.json.
+        provenance: what the graph says of itself besides: source, licence, how it was made.
+    """
     description = json.loads((folder / "model.json").read_text())
     checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     net = fork_module("modules.synthesizers").SynthesizerTrn(
@@ -124,9 +139,7 @@ def voice_model(name: str, folder: Path) -> onnx.ModelProto:
         "training": json.dumps(
             {"steps": checkpoint["step"], **checkpoint["curves"][-1]}, sort_keys=True
         ),
-        "training_command": "python -m training.convert_voice",
-        "licence": "CC-BY-SA-3.0",
-        "source": "Debian asterisk-core-sounds-en-g722 and -it-g722 1.6.1-1",
+        **provenance,
     }
     fuse_weight_norms(net)
     voice = ServedVoice(net.eval()).eval()

@@ -59,6 +59,7 @@ KINDS: Mapping[type[errors.RemixError], Kind] = {
     errors.InvalidOption: Kind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_OPTION", field=""),
     errors.LimitExceeded: Kind(grpc.StatusCode.OUT_OF_RANGE, "LIMIT_EXCEEDED", field=""),
     errors.NotFound: Kind(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    errors.NoConsent: Kind(grpc.StatusCode.PERMISSION_DENIED, "NO_CONSENT"),
     errors.Conflict: Kind(grpc.StatusCode.ALREADY_EXISTS, "CONFLICT"),
     errors.InvalidModel: Kind(grpc.StatusCode.FAILED_PRECONDITION, "INVALID_MODEL"),
     errors.ModelFailed: Kind(grpc.StatusCode.INTERNAL, "MODEL_FAILED"),

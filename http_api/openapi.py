@@ -85,6 +85,12 @@ _REFUSALS: Sequence[errors.RemixError | Refusal] = (
         limit=["allison", "carlo"],
         remedy="Use one of these names.",
     ),
+    errors.NoConsent(
+        "The consent of June ended on 2026-11-01; today is 2026-11-24.",
+        value="2026-11-24",
+        limit="2026-11-01",
+        remedy="Ask them for another, and enrol the voice again.",
+    ),
     errors.Unauthenticated(
         "The request has no API key; it must have one.",
         value="no key",

@@ -60,6 +60,7 @@ PROBLEMS: Mapping[type[errors.RemixError], Kind] = {
     errors.ModelFailed: Kind(500, "model-failed", "A model of the service failed"),
     errors.Unauthenticated: Kind(401, "unauthenticated", "An API key is needed"),
     errors.Forbidden: Kind(403, "forbidden", "The API key does not reach so far"),
+    errors.NoConsent: Kind(403, "no-consent", "The voice may not be used"),
     # Where the error does not know better. A remix takes minutes: sooner is refused again.
     errors.QueueFull: Kind(429, "queue-full", "The service is busy", retry_after_s=30),
     errors.DeadlineExceeded: Kind(504, "deadline-exceeded", "The time ran out"),

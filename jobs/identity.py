@@ -30,11 +30,14 @@ def code_id() -> str:
 
 
 def version_id(manifest: Manifest, models_dir: Path) -> str:
-    """Hash of the code and of every installed model: who has the same one makes the same."""
+    """Hash of the code and of every installed model: who has the same one makes the same.
+
+    Enrolled voices come and go while a composer works, and every composer follows.
+    """
     sums = [
         [entry.name, *(expected_sha256(models_dir, file) for file in entry.files)]
         for entry in manifest.values()
-        if entry.is_installed(models_dir)
+        if entry.is_installed(models_dir) and "consent" not in entry.facts
     ]
     return _hash([sorted(sums), code_id()])[:12]
 

@@ -8,7 +8,9 @@ computed. Another voice on the same song has other inputs only in the voice's ow
 else is a hit.
 
 What lies in the store: entries `ab/abcd…`, each a header, the arrays' bytes and a checksum, written
-under another name and renamed. A damaged entry is a miss. No entry is ever unpickled.
+under another name and renamed. What an enrolled voice sang is in a folder of its model,
+`voices/MODEL/ab/abcd…`: so all of it is found when the voice is revoked. A damaged entry is a
+miss. No entry is ever unpickled.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from jobs.files import Files
 from jobs.identity import code_id
 from remix.composer import TimedInfer
 from remix.errors import StorageUnavailable, is_for_want_of_room
-from remix.manifest import Manifest, expected_sha256
+from remix.manifest import Manifest, expected_sha256, stage_of
 from remix.report import StageTime
 from remix.stages import STAGES, Stage, Tensors
 from telemetry.traces import cached
@@ -102,7 +104,7 @@ class StageCache:
 
     def stage_of(self, model: str) -> Stage:
         """Which stage a model works in."""
-        return self._manifest[model].stage
+        return stage_of(self._manifest, model)
 
     async def close(self) -> None:
         """Wait until everything is written, and what was written last has its room too."""
@@ -130,7 +132,7 @@ class StageCache:
                 return under_way.result(), True
         future = self._under_way[key] = asyncio.get_running_loop().create_future()
         try:
-            found = await self._read(key, stage)
+            found = await self._read(self._path(model, key), stage)
             outputs = found if found is not None else await infer(model, inputs)
             future.set_result(outputs)
             if found is None:
@@ -143,7 +145,7 @@ class StageCache:
         if found is not None:
             del self._under_way[key]
             return outputs, True
-        write = asyncio.create_task(self._write(key, stage, outputs))
+        write = asyncio.create_task(self._write(key, self._path(model, key), stage, outputs))
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
         return outputs, False
@@ -159,8 +161,11 @@ class StageCache:
             digest.update(array.data)
         return digest.hexdigest()
 
-    async def _read(self, key: str, stage: Stage) -> dict[str, NDArray[Any]] | None:
-        path = _path(key)
+    def _path(self, model: str, key: str) -> str:
+        is_own = "consent" in self._manifest[model].facts
+        return f"{folder_of(model) if is_own else ''}{key[:2]}/{key}"
+
+    async def _read(self, path: str, stage: Stage) -> dict[str, NDArray[Any]] | None:
         try:
             content = await self._files.run(self._files.read, path)
             if content is None:
@@ -168,7 +173,7 @@ class StageCache:
             found = await self._files.run(decode_entry, content)
             await self._files.run(self._files.mark_used, path)
         except DamagedEntry as error:
-            _log.warning("The cache's entry %s is damaged (%s); it is computed anew.", key, error)
+            _log.warning("The cache's entry %s is damaged (%s); it is computed anew.", path, error)
             WINDOWS.labels(stage, "damaged").inc()
             return None
         except StorageUnavailable as error:
@@ -176,10 +181,10 @@ class StageCache:
             return None
         return found
 
-    async def _write(self, key: str, stage: Stage, outputs: Tensors) -> None:
+    async def _write(self, key: str, path: str, stage: Stage, outputs: Tensors) -> None:
         try:
             content = await self._files.run(encode_entry, outputs)
-            await self._files.run(self._files.write, _path(key), content)
+            await self._files.run(self._files.write, path, content)
             self._unscanned_bytes += len(content)
             BYTES.set(self._scanned_bytes + self._unscanned_bytes)
             if self._unscanned_bytes > self._max_bytes / SCANS_PER_SIZE:
@@ -284,5 +289,6 @@ def decode_entry(content: bytes) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _path(key: str) -> str:
-    return f"{key[:2]}/{key}"
+def folder_of(model: str) -> str:
+    """Where the entries of an enrolled voice's model are."""
+    return f"voices/{model}/"

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from dbos import (
     DBOS,
+    DBOSClient,
     DBOSConfig,
     DBOSPortableJSONSerializer,
     SetWorkflowID,
@@ -156,3 +157,12 @@ class Workflows:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await DBOS.delete_queue_async(self._queue)
         await asyncio.to_thread(DBOS.destroy, destroy_registry=True)
+
+
+def forget_workflows(database_url: str, uids: Sequence[str]) -> None:
+    """Delete what is recorded of these, where no composer runs in this process."""
+    client = DBOSClient(system_database_url=database_url, serializer=DBOSPortableJSONSerializer())
+    try:
+        client.delete_workflows(list(uids))
+    finally:
+        client.destroy()

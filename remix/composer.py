@@ -20,7 +20,7 @@ from remix.errors import InvalidNotes, LimitExceeded
 from remix.generate_notes import HeardNotes, generate_notes, one_plan, plan_song
 from remix.generate_notes import join_chunks as join_notes
 from remix.loudness import master
-from remix.manifest import Manifest, ModelEntry, installed
+from remix.manifest import Manifest, ModelEntry, OwnVoices, installed
 from remix.midi import read_midi, write_midi
 from remix.mix_tracks import PEAK_CEILING_DB, SAMPLE_RATE_HZ
 from remix.models import Models, choose_models, installed_voices
@@ -79,17 +79,24 @@ class Composer:
 
     Args:
         settings: limits, and where the models are.
-        manifest: the models.
+        manifest: the models; enrolled voices are added to it as they come, and taken out.
         infer_for_song: makes an `Infer` that keeps the times of one song.
     """
 
     def __init__(
         self, settings: Settings, manifest: Manifest, infer_for_song: Callable[[], TimedInfer]
     ) -> None:
-        self.manifest = manifest
+        self._manifest = manifest
+        self._own_voices = OwnVoices(manifest, settings.models_dir)
         self.models_dir = settings.models_dir
         self._infer_for_song = infer_for_song
         self._limits = Limits(duration_s=settings.max_duration_s)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The models, and the voices that are enrolled now."""
+        self._own_voices.refresh()
+        return self._manifest
 
     async def remix(
         self,

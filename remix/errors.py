@@ -7,6 +7,7 @@
     │   ├── InvalidOption        an option that is unknown or out of range
     │   ├── LimitExceeded        too large, too long, too many channels, a rate out of range
     │   ├── NotFound             no such voice, model or job
+    │   ├── NoConsent            whose voice it is has not allowed it, or not for so long
     │   └── Conflict             an id that stands for something else already
     ├── InvalidModel             a file whose checksum or signature is not the manifest's
     ├── ModelFailed              a model broke on a window that it should have computed
@@ -96,6 +97,10 @@ class LimitExceeded(InvalidInput):
 
 class NotFound(InvalidInput):
     """The named voice, model or job does not exist."""
+
+
+class NoConsent(InvalidInput):
+    """Whose voice it is has not allowed this, allows it no longer, or is somebody else."""
 
 
 class Conflict(InvalidInput):

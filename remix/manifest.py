@@ -1,5 +1,8 @@
 """models.toml -> entries: what each model is, where its files are, what they must be.
 
+Voices that were enrolled here are no part of models.toml: each has a folder of its own in the
+models folder, `voices/NAME`, with an entry of the same form (`OwnVoices`).
+
 A model's files are verified here and nowhere else; who loads a file asks for `verified_path`.
 """
 
@@ -7,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,9 +24,14 @@ from remix.stages import STAGES, Stage
 
 MANIFEST_PATH = Path(__file__).resolve().parent.parent / "models.toml"
 
+_log = logging.getLogger(__name__)
+
 RECEIPT = "installed.json"
 """In the models folder: what `make models` verified."""
 
+
+VOICES_DIR, VOICE_FILE = "voices", "voice.toml"
+"""In the models folder: enrolled voices, a folder each; and the manifest entry in it."""
 
 TORCHSCRIPT_SUFFIX = ".ts"
 """Of files that the back end `torchscript` reads."""
@@ -165,15 +174,82 @@ def read_manifest(path: Path = MANIFEST_PATH) -> Manifest:
     Raises:
         InvalidModel: an entry lacks a field or has a wrong one.
     """
-    entries: Manifest = {}
+    return dict(_entries(path))
+
+
+def _entries(path: Path) -> Iterator[tuple[str, ModelEntry]]:
     for name, table in tomllib.loads(path.read_text()).items():
         try:
-            entries[name] = _entry(name, dict(table))
+            entry = _entry(name, dict(table))
         except (KeyError, TypeError) as error:
             raise InvalidModel(f"{path}: entry {name} is not a model: {error!r}.") from error
-        if entries[name].stage not in STAGES:
-            raise InvalidModel(f"{path}: entry {name} has stage {entries[name].stage!r}.")
-    return entries
+        if entry.stage not in STAGES:
+            raise InvalidModel(f"{path}: entry {name} has stage {entry.stage!r}.")
+        yield name, entry
+
+
+class OwnVoices:
+    """Keeps a manifest as the enrolled voices in the models folder are, while it is in use.
+
+    Args:
+        manifest: without them; it is changed, so that whoever has it sees what is new.
+        models_dir: where they are.
+    """
+
+    def __init__(self, manifest: Manifest, models_dir: Path) -> None:
+        self._manifest = manifest
+        self._folder = models_dir / VOICES_DIR
+        self._seen: dict[Path, int] = {}
+        self._names: set[str] = set()
+
+    def refresh(self) -> tuple[list[ModelEntry], list[str]]:
+        """Take in what was enrolled, and out what was revoked; what is unreadable is left out.
+
+        Returns:
+            The new entries, and the names of those that are gone.
+        """
+        seen = {}
+        for path in sorted(self._folder.glob(f"*/{VOICE_FILE}")):
+            with suppress(OSError):  # revoked this moment
+                seen[path] = path.stat().st_mtime_ns
+        if seen == self._seen:
+            return [], []
+        self._seen = seen
+        entries: Manifest = {}
+        for path in seen:
+            try:
+                entries |= {name: entry for name, entry in _entries(path) if _is_own_voice(entry)}
+            except (InvalidModel, OSError, ValueError) as error:
+                _log.warning("The voice in %s is left out: %s", path.parent, error)
+        known = self._names
+        own = {n: entry for n, entry in entries.items() if n in known or n not in self._manifest}
+        gone = sorted(known - set(own))
+        for name in gone:
+            del self._manifest[name]
+        self._manifest |= own
+        self._names = set(own)
+        return [entry for name, entry in own.items() if name not in known], gone
+
+
+def stage_of(manifest: Manifest, model: str) -> Stage:
+    """Which stage a model works in.
+
+    Raises:
+        NotFound: it is a voice that was revoked while it sang.
+    """
+    if model not in manifest:
+        raise NotFound(
+            f"Model {model} is there no more.",
+            value=model,
+            limit="a model that is installed",
+            remedy="Choose another voice.",
+        )
+    return manifest[model].stage
+
+
+def _is_own_voice(entry: ModelEntry) -> bool:
+    """Nobody's voice is served from a user's folder without a consent."""
+    return entry.facts.get("kind") == "voice" and "consent" in entry.facts
 
 
 def installed(manifest: Manifest, stage: Stage, models_dir: Path) -> list[ModelEntry]:

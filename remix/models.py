@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from remix.consent import consent_of
 from remix.convert_voice import Voice, voice_names
 from remix.errors import NotFound, excerpt
 from remix.manifest import Manifest, ModelEntry, default_model, installed
@@ -44,6 +45,7 @@ def choose_models(manifest: Manifest, models_dir: Path, options: RemixOptions) -
 
     Raises:
         NotFound: a named model or voice is not installed, or a stage has no model at all.
+        NoConsent: whose voice it is allows it no longer.
     """
     return Models(
         separator=Separator.of(_separator(manifest, models_dir, options.separator)),
@@ -84,7 +86,10 @@ def _voice(manifest: Manifest, models_dir: Path, name: str) -> Voice:
     chosen = name or next(iter(found))
     if chosen not in found:
         raise _not_found("voice", chosen, found)
-    return Voice.of(found[chosen], chosen)
+    entry = found[chosen]
+    if "consent" in entry.facts:  # of an enrolled voice; those of models.toml have a licence
+        consent_of(entry.facts["consent"]).require_valid()
+    return Voice.of(entry, chosen)
 
 
 def _not_found(what: str, name: str, known: Iterable[str]) -> NotFound:

@@ -1,11 +1,15 @@
 """vocal windows -> content features, F0, and sung windows: three kinds of model, one runner.
 
 Every graph works on samples and features as they come over the wire; nothing is computed here.
+Voices that are enrolled while the runner works are served a second later, and those that are
+revoked are let go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import bentoml
@@ -19,14 +23,19 @@ from remix.convert_voice import (
     Voice,
     voice_names,
 )
-from remix.errors import InvalidModel, InvalidOption
-from remix.manifest import ModelEntry, TensorSpec, installed, read_manifest
+from remix.errors import InvalidModel, InvalidOption, NotFound, RemixError
+from remix.manifest import ModelEntry, OwnVoices, TensorSpec, installed, read_manifest
 from remix.settings import Settings
 from remix.stages import Tensors
 from remix.vocal_frames import WINDOW_SAMPLES
 from runners.inference_protocol import ServedModel, silent_ends
 from runners.open_graph import Graph, open_graph
-from runners.runner import SERVICE, Runner
+from runners.runner import MODEL_INFO, SERVICE, Runner
+
+LOOK_S = 1.0
+"""Between two looks for voices that were enrolled or revoked."""
+
+_log = logging.getLogger(__name__)
 
 
 class WindowModel(ServedModel):
@@ -41,11 +50,27 @@ class WindowModel(ServedModel):
         self.name = entry.name
         self.max_batch = entry.max_batch[device]
         self.outputs: Sequence[TensorSpec] = entry.files[0].outputs
-        self._graph = graph
+        self._graph: Graph | None = graph
 
     def __call__(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Compute a batch."""
-        return self._graph(inputs)
+        """Compute a batch.
+
+        Raises:
+            NotFound: it was let go.
+        """
+        graph = self._graph
+        if graph is None:
+            raise NotFound(
+                f"{self.name} was revoked.",
+                value=self.name,
+                limit="a voice that is enrolled",
+                remedy="Choose another voice.",
+            )
+        return graph(inputs)
+
+    def let_go(self) -> None:
+        """Forget the weights, for good."""
+        self._graph = None
 
     def padding(self, inputs: Tensors, outputs: Tensors) -> float:
         """See `ServedModel.padding`."""
@@ -86,7 +111,7 @@ class VoiceModel(WindowModel):
                 f"speaker is {speaker.ravel().tolist()}; {self.name} has {self._n_speakers}: "
                 f"send 0 to {self._n_speakers - 1}."
             )
-        return self._graph(inputs)
+        return super().__call__(inputs)
 
     def padding(self, inputs: Tensors, outputs: Tensors) -> float:
         """Of what a window has behind the song's end, its inputs say nothing: noise goes on."""
@@ -102,8 +127,8 @@ KINDS: dict[str, type[WindowModel]] = {
 
 
 def served_models(
-    entries: list[ModelEntry], sessions: dict[str, Graph], device: str
-) -> Iterator[ServedModel]:
+    entries: list[ModelEntry], sessions: Mapping[str, Graph], device: str
+) -> Iterator[WindowModel]:
     """The models of some manifest entries.
 
     Args:
@@ -127,7 +152,7 @@ def served_models(
         yield KINDS[kind](entry, sessions[entry.name], device)
 
 
-def _check_content(entry: ModelEntry, sessions: dict[str, Graph]) -> None:
+def _check_content(entry: ModelEntry, sessions: Mapping[str, Graph]) -> None:
     encoder = sessions.get(str(entry.facts["content_model"]))
     offered = encoder.facts.get("content") if encoder else None
     wanted = sessions[entry.name].facts.get("content")
@@ -149,5 +174,50 @@ class ConvertVoice(Runner):
         """See `Runner.load`."""
         entries = installed(read_manifest(), self.stage, settings.models_dir)
         entries.sort(key=lambda entry: entry.facts.get("kind") != "voice")  # the default: a voice
-        sessions = {entry.name: open_graph(entry, settings) for entry in entries}
-        yield from served_models(entries, sessions, settings.device)
+        self._sessions = {entry.name: open_graph(entry, settings) for entry in entries}
+        yield from served_models(entries, self._sessions, settings.device)
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def start(self) -> None:
+        """See `Runner.start`; and serve the voices that are enrolled here."""
+        await super().start()
+        self._voices = OwnVoices(dict(read_manifest()), self._settings.models_dir)
+        self._own: dict[str, tuple[ModelEntry, WindowModel]] = {}
+        await self._look()
+        self._looking = asyncio.create_task(self._look_again())
+
+    async def _look_again(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        """Serve what was enrolled, and let go of what was revoked, since the last look."""
+        new, gone = await asyncio.to_thread(self._voices.refresh)
+        for entry in new:
+            try:
+                model = await asyncio.to_thread(self._open, entry)
+            except (RemixError, OSError) as error:
+                _log.warning("The voice %s is not served: %s", entry.name, error)
+                continue
+            self._own[entry.name] = entry, model
+            self._inference.add(model)
+            MODEL_INFO.labels(self.stage, model.name, entry.files[0].sha256).set(1)
+            _log.info("The voice %s is served.", entry.name)
+        for name in set(gone) & set(self._own):
+            entry, model = self._own.pop(name)
+            model.let_go()
+            MODEL_INFO.labels(self.stage, name, entry.files[0].sha256).set(0)
+            _log.info("The voice %s was revoked.", name)
+
+    def _open(self, entry: ModelEntry) -> WindowModel:
+        sessions = {**self._sessions, entry.name: open_graph(entry, self._settings)}
+        (model,) = served_models([entry], sessions, self._settings.device)
+        model.warm_up()
+        return model
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def stop(self) -> None:
+        """See `Runner.stop`."""
+        self._looking.cancel()
+        await super().stop()

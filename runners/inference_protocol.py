@@ -32,6 +32,7 @@ STATUS: Mapping[type[errors.RemixError], grpc.StatusCode] = {
     errors.InvalidOption: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.NoConsent: grpc.StatusCode.PERMISSION_DENIED,
     errors.Conflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.InvalidModel: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelFailed: grpc.StatusCode.INTERNAL,

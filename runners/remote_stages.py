@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as protocol
 
 from remix import errors
-from remix.manifest import Manifest
+from remix.manifest import Manifest, stage_of
 from remix.settings import Settings
 from remix.stages import STAGES, Stage, Tensors
 from runners.error_details import KEY, decode_error
@@ -150,7 +150,7 @@ class Runners:
 
     async def call(self, model: str, inputs: Tensors, times: dict[Stage, StageTimes]) -> Any:
         """One inference, made again where that helps (`runners.retry`); its times go to `times`."""
-        stage = self._manifest[model].stage
+        stage = stage_of(self._manifest, model)
         rows = len(next(iter(inputs.values())))
         tries = Tries(self._budget, self._health[stage], self._settings.runner_patience_s)
         begin_s = time.monotonic()

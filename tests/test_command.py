@@ -182,6 +182,22 @@ def test_lists_are_tables(fake_server: ServerProcess, command: str, columns: lis
     assert done.stdout.splitlines()[0].split("\t")[: len(columns)] == columns
 
 
+def test_voices_are_listed_with_and_without_the_word(fake_server: ServerProcess) -> None:
+    alone = run("voices", "--server", fake_server.url)
+    assert run("voices", "list", "--server", fake_server.url).stdout == alone.stdout != ""
+
+
+def test_voice_without_consent_is_not_enrolled(tmp_path: Path) -> None:
+    done = run("voices", "add", "june", "--samples", tmp_path, PHILHARMONICS_MODELS=str(tmp_path))
+    assert (done.returncode, "no consent file" in done.stderr) == (3, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_voice_that_is_not_enrolled_cannot_be_revoked(tmp_path: Path) -> None:
+    done = run("voices", "remove", "june", PHILHARMONICS_MODELS=str(tmp_path))
+    assert (done.returncode, "No voice 'june' is enrolled" in done.stderr) == (1, True), done.stderr
+
+
 @pytest.mark.slow
 def test_remix_without_a_server_starts_one_and_stops_it(tmp_path: Path) -> None:
     with Client() as client:

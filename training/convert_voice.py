@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from export.mel_filters import slaney_mel_filters
 from export.so_vits import fork_module
 from remix.vocal_frames import FRAME_SAMPLES, SAMPLE_RATE_HZ, expand_content
+from training.voice_base import load_base
 from training.voice_data import Stream, load_stream, split_recordings
 
 SPECTRUM_FFT = 1024
@@ -53,6 +54,9 @@ class TrainingOptions:
     speaker_weights: tuple[float, ...] = ()  # how often each is drawn; empty: alike
     copies: int = 5
     seed: int = 1
+    judge_every: int = 250  # steps between two measurements on what is held out
+    save_every: int = 100  # steps
+    patience: int = 0  # measurements without a better one, after which it ends; 0: never
     network: Mapping[str, Any] = field(
         default_factory=lambda: {
             "inter_channels": 96,
@@ -224,28 +228,37 @@ def train(
     names: Sequence[str],
     options: TrainingOptions,
     out: Path,
+    base: Path | None = None,
 ) -> None:
-    """Trains until `options.steps`, from the last checkpoint in `out` if there is one."""
+    """Trains until `options.steps`, or until what is held out gets no better.
+
+    It goes on from the last checkpoint in `out` if there is one; else it begins with the weights of
+    `base`, or with none. With `options.patience`, the best network is kept, else the last.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)
     trainer = VoiceTrainer(options, len(names)).to(device)
-    trainer.standardise(streams[0])
+    if base is None:
+        trainer.standardise(streams[0])
+    else:
+        load_base(trainer, base)
     used = [p for name, p in trainer.net.named_parameters() if not name.startswith("f0_decoder")]
     optimizer = torch.optim.AdamW(used, options.learning_rate, betas=(0.8, 0.99), eps=1e-9)
     curves: list[dict[str, float]] = []
-    step = 0
+    step, best, network = 0, Best(), fold_standardisation(trainer)
     checkpoint_path = out / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = torch.load(checkpoint_path, weights_only=True, map_location=device)
         trainer.load_state_dict(checkpoint["trainer"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         curves, step = checkpoint["curves"], checkpoint["step"]
+        best, network = Best(**checkpoint.get("best", {})), checkpoint["network"]
         print(f"resumed at step {step}", flush=True)
     description = {"speakers": list(names), "options": asdict(options)}
     (out / "model.json").write_text(json.dumps(description, indent=2))
 
     sums, counted, since = np.zeros(2), 0, time.monotonic()
-    while step < options.steps:
+    while step < options.steps and not best.is_long_ago(step, options):
         rng = np.random.default_rng((options.seed, step))  # a resumed run draws the same batches
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
@@ -263,18 +276,25 @@ def train(
         step += 1
         sums, counted = sums + (float(mel.detach()), float(kl.detach())), counted + 1
 
-        if step % 50 == 0:
+        if step % 50 == 0 or step % options.judge_every == 0:
             mel_mean, kl_mean = sums / counted
             point = {"step": float(step), "mel": mel_mean, "kl": kl_mean}
-            if step % 250 == 0:
+            point["total"] = options.mel_weight * mel_mean + options.kl_weight * kl_mean
+            if step % options.judge_every == 0:
                 point["held_out_mel"] = held_out_mel(trainer, held_out, options, device)
+                if options.patience and point["held_out_mel"] < best.held_out_mel:
+                    best = Best(step, round(point["held_out_mel"], 5))
+                    network = {k: v.clone() for k, v in fold_standardisation(trainer).items()}
             seconds = (time.monotonic() - since) / counted
             curves.append({key: round(float(value), 5) for key, value in point.items()})
             print(f"{curves[-1]} {seconds:.2f} s/step", flush=True)
             sums, counted, since = np.zeros(2), 0, time.monotonic()
-        if step % 100 == 0 or step == options.steps:
+        if step % options.save_every == 0 or step == options.steps:
+            if not best.step:
+                network = fold_standardisation(trainer)
             state = {
-                "network": fold_standardisation(trainer),
+                "network": network,
+                "best": asdict(best),
                 "trainer": trainer.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "curves": curves,
@@ -283,6 +303,18 @@ def train(
             torch.save(state, checkpoint_path.with_suffix(".new"))
             checkpoint_path.with_suffix(".new").replace(checkpoint_path)
             plot_curves(curves, out / "curves.png")
+
+
+@dataclass(frozen=True)
+class Best:
+    """When what is held out sounded best, and its mel loss then; step 0: not measured yet."""
+
+    step: int = 0
+    held_out_mel: float = math.inf
+
+    def is_long_ago(self, step: int, options: TrainingOptions) -> bool:
+        """Whether it is time to stop."""
+        return bool(self.step and step - self.step >= options.patience * options.judge_every)
 
 
 def prepare_decoder(decoder: Any) -> None:
@@ -355,8 +387,8 @@ def plot_curves(curves: Sequence[Mapping[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
-    for axis, keys in zip(axes, (("mel", "held_out_mel"), ("kl",)), strict=True):
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3))
+    for axis, keys in zip(axes, (("mel", "held_out_mel"), ("kl",), ("total",)), strict=True):
         for key in keys:
             points = [(curve["step"], curve[key]) for curve in curves if key in curve]
             if points:

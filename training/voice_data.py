@@ -108,7 +108,7 @@ def _analyse(recordings: Sequence[Path], cache: Path, arrays: Path, copies: int)
     samples = samples[: len(samples) // (2 * FRAME_SAMPLES) * (2 * FRAME_SAMPLES)]
     np.save(cache / "samples.npy", samples)
 
-    f0_hz, confidence = _pitch(load_pitch_estimator(), samples)
+    f0_hz, confidence = estimate_pitch(load_pitch_estimator(), samples)
     level_db = frame_level_db(samples)
     track = clean_pitch(f0_hz, confidence, level_db, loud_level_db(level_db))
     np.save(cache / "f0_hz.npy", track.f0_hz)
@@ -137,7 +137,8 @@ def _recolour(samples: Floats, rng: np.random.Generator) -> Floats:
     return coloured
 
 
-def _pitch(estimator: PitchEstimator, samples: Floats) -> tuple[Floats, Floats]:
+def estimate_pitch(estimator: PitchEstimator, samples: Floats) -> tuple[Floats, Floats]:
+    """F0 and confidence of every frame of a recording: [T] -> [N], [N]."""
     with torch.inference_mode():
         windows = [
             estimator(torch.from_numpy(window[None])) for window in analysis_windows(samples)
