@@ -8,7 +8,8 @@ SONG ?=
 VOICE ?=
 OUT ?= out/demo
 HUB ?= $(PHILHARMONICS_HUB)
-export PYTHON SONG VOICE OUT HUB
+MODEL ?=
+export PYTHON SONG VOICE OUT HUB MODEL
 
 # In a terminal pip shows its progress, elsewhere it only speaks of errors.
 PIP_FLAGS := --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
@@ -57,9 +58,29 @@ SERVICE_BENCHMARKS := admission jobs quote song_cost
 .PHONY: bench
 bench: export-environment  ## separation, remix and the small ones; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	for module in $(filter-out __init__ export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for module in $(filter-out __init__ eval_stems export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
+
+# SMOKE=1: the smallest set of songs, a tiny network, four minutes; ends with 1 unless its loss fell.
+STEM_DATA := .cache/training/$(if $(SMOKE),smoke_)stems
+STEM_SONGS := $(if $(SMOKE),--songs 6 --held-out-songs 3 --takes 6 --seconds 20)
+STEM_RUN := $(if $(SMOKE),--network smoke --minutes 4 --batch 2 --segment-s 3 --learning-rate 3e-3 \
+	--warmup-steps 20 --averaging 0.98 --evaluate-every 50 --device cpu --must-fall \
+	--out .cache/training/smoke_separate_stems)
+
+.PHONY: train-stems
+train-stems: export-environment  ## train a separator of four stems; SMOKE=1 some minutes on a CPU
+	@scripts/get-stem-material $(if $(SMOKE),smoke)
+	@.venv-dev/bin/python -m training.stem_songs --out $(STEM_DATA) $(STEM_SONGS)
+	.venv-dev/bin/python -m training.separate_stems --data $(STEM_DATA) $(STEM_RUN)
+
+.PHONY: eval-stems
+eval-stems: export-environment  ## separation of held-out songs: make eval-stems MODEL=name
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@scripts/get-stem-material && scripts/get-stem-material evaluation
+	@.venv-dev/bin/python -m training.stem_songs --songs 0 --held-out-songs 12
+	.venv-dev/bin/python -m benchmarks.eval_stems $${MODEL:+--model "$$MODEL"}
 
 .PHONY: export-check
 export-check: export-environment  ## every architecture at full size: exported, compared, perturbed

@@ -266,6 +266,8 @@ class Trainer:
     def run(self) -> None:
         """Trains until the budget is spent, or until this call has to leave."""
         call_begin = saved_at = time.monotonic()
+        if self.progress >= 1:
+            return
         if not self.log:
             self._note([])
         recent: list[float] = []

@@ -1,7 +1,7 @@
 """songs with separate stems -> training examples: stems of different songs, changed and mixed.
 
 A folder in MUSDB's layout: a folder for each song, in it `drums`, `bass`, `other` and `vocals` as
-.wav or .flac at 44.1 kHz (one that is missing is silent; a `mixture` is not read: it is the sum).
+.wav, .flac or .ogg at 44.1 kHz (one that is missing is silent; a `mixture` is not read: it is the sum).
 Where `train/` and `test/` are in it, the songs of `test/` are held out; else one song in twelve.
 """
 
@@ -29,6 +29,8 @@ Floats = NDArray[np.float32]
 SAMPLE_RATE_HZ = 44_100
 STEMS = ("drums", "bass", "other", "vocals")
 """In the order of the published HTDemucs."""
+
+SUFFIXES = (".wav", ".flac", ".ogg")
 
 HELD_OUT_SONGS = 12  # one in so many, where the folder has no test/
 
@@ -87,7 +89,7 @@ def _tracks_in(folder: Path) -> list[Track]:
         paths = {
             stem: path
             for stem in STEMS
-            for path in (song / f"{stem}.wav", song / f"{stem}.flac")
+            for path in (song / f"{stem}{suffix}" for suffix in SUFFIXES)
             if path.exists()
         }
         if paths:

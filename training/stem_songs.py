@@ -119,6 +119,7 @@ class Material:
         split: `train` or `test`.
         seconds: length of a song.
         takes: how many sung takes there are.
+        lossy: whether stems are written as Vorbis, a fifth as large.
     """
 
     songs: tuple[Song, ...]
@@ -127,6 +128,7 @@ class Material:
     split: str
     seconds: float
     takes: int
+    lossy: bool = False
 
 
 def find_fonts(folders: Sequence[Path], held_out: bool) -> dict[str, Path]:
@@ -306,8 +308,9 @@ def make_song(material: Material, index: int) -> str:
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     for name, stem in stems.items():
-        path = partial_folder / f"{name}.flac"
-        soundfile.write(path, (stem * (0.9 / peak)).T, SAMPLE_RATE_HZ, "PCM_16")
+        suffix, subtype = ("ogg", "VORBIS") if material.lossy else ("flac", "PCM_16")
+        path = partial_folder / f"{name}.{suffix}"
+        soundfile.write(path, (stem * (0.9 / peak)).T, SAMPLE_RATE_HZ, subtype)
     (partial_folder / "song.json").write_text(json.dumps(_facts(draw, index % material.takes)))
     partial_folder.rename(folder)
     return folder.name
@@ -406,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=36.0, help="length of a song")
     parser.add_argument("--takes", type=int, default=40, help="sung takes; songs share them")
     parser.add_argument("--takes-only", action="store_true", help="what travels, but no songs")
+    parser.add_argument("--lossy", action="store_true", help="Vorbis instead of FLAC")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
     if not list(options.notes.glob("songs-????.npz")):
@@ -423,6 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             split,
             options.seconds,
             takes,
+            options.lossy,
         )
         if count:
             _make_all(partial(make_take, material, options.material), takes, options.workers)
