@@ -158,8 +158,13 @@ def separators_of(
             rest["other"] = rest["other"] + rest["vocals"]
             return {**rest, "vocals": first["vocals"]}
 
-        found |= {model: ours, f"{SPLEETER}, then {model}": cascade}
+        found |= {model: ours, cascade_name(model): cascade}
     return found
+
+
+def cascade_name(model: str) -> str:
+    """Of Spleeter's vocals with a model's other stems."""
+    return f"{SPLEETER}, then {model}"
 
 
 def runner_of(entry: ModelEntry, settings: Settings) -> Separate:
@@ -199,7 +204,9 @@ def sdr_db(reference: Samples, estimate: Samples) -> float:
     Its SDR needs no projection: target and errors add up to the estimate, so that it is the
     energy of the reference by that of the difference.
 
-    Source: museval 0.4.1, metrics.py, `_bss_crit`; windows without the stem are left out.
+    Source: museval 0.4.1, metrics.py, `_bss_crit`, whose medians these are to four digits where no
+    stem is silent; where one is, museval leaves the window out for all. (It cannot be imported
+    without the command ffmpeg.)
     """
     n_windows = reference.shape[1] // SAMPLE_RATE_HZ
 
@@ -249,7 +256,7 @@ def leak_db(guitar: Samples, rest: Samples, stem: Samples) -> float:
     The stem is explained, bin by bin and for 6 s at a time, as a part of the guitar and a part of
     the rest (least squares with real factors: separators mask, they do not turn phases). What is
     counted is the guitar's part. Where the two sound alike, by chance or because they play
-    together, the factors are uncertain: about -30 dB of a loud stem is seen in any other.
+    together, the factors are uncertain: a sound as loud as the guitar seems to hold -25 dB of it.
     """
     spectra = [stft(samples, FRAMING) for samples in (guitar, rest, stem)]
     n_frames = spectra[0].shape[1]
@@ -383,9 +390,9 @@ def misses(result: Mapping[str, Any], model: str | None) -> list[str]:
     if not model:
         return ["There is no model of four stems: nothing was tried against the bounds."]
     found = []
-    ours, others = result["stems"][model], dict(result["stems"])
-    cascade = f"{SPLEETER}, then {model}"
-    others.pop(model), others.pop(cascade)
+    ours = result["stems"][model]
+    mine = (model, cascade_name(model))
+    others = {name: scores for name, scores in result["stems"].items() if name not in mine}
     for stem, bound_db in BOUNDS_DB.items():
         sdr = ours[stem]["sdr_db"]
         if not sdr >= bound_db:

@@ -1,7 +1,7 @@
 """songs with separate stems -> training examples: stems of different songs, changed and mixed.
 
 A folder in MUSDB's layout: a folder for each song, in it `drums`, `bass`, `other` and `vocals` as
-.wav, .flac or .ogg at 44.1 kHz (one that is missing is silent; a `mixture` is not read: it is the sum).
+.wav, .flac or .ogg at 44.1 kHz (one that is missing is silent; a `mixture` is not read).
 Where `train/` and `test/` are in it, the songs of `test/` are held out; else one song in twelve.
 """
 
