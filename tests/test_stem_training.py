@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,8 +19,12 @@ import soundfile
 import torch
 from demucs.htdemucs import HTDemucs
 
+from export.artefact import Wanted, write_artefact
+from export.install import note_installed
 from export.separate_stems import load_demucs
 from remix.note_tokens import chord_pitch_classes
+from remix.settings import read_settings
+from runners.separate_stems import served_model
 from tests.test_generate_training import toy_song
 from training.melodies import REACH_SEMITONES, MelodyNote, draw_melody
 from training.separate_stems import (
@@ -154,6 +159,23 @@ def test_loss_falls_and_the_model_file_is_a_checkpoint_of_demucs(data: Path) -> 
         torch.testing.assert_close(value, trainer.average.state_dict()[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads")
+def test_model_of_a_run_is_exported_and_served_as_demucs_has_it(data: Path) -> None:
+    Trainer(options_of(data, data / "out", steps=3)).run()
+    original = load_demucs(data / "out/model.th")
+    entry = write_artefact(original, Wanted("stems-small", "trained-here"), data / "models")
+    note_installed(data / "models", [file.path for file in entry.files])
+    served = served_model(entry, replace(read_settings(), models_dir=data / "models"))
+    window = original.windows(1)
+    stems = served({"mixture": window})["stems"]
+    expected = original.reference({"mixture": window})["stems"]
+    assert stems.shape == (1, len(STEMS), 2, original.window_samples)
+    assert np.abs(expected).max() > 0.01, "nothing to compare"
+    # float32 sums in another order: 1e-5 at most of a window at deviation 1, elsewhere.
+    assert np.abs(stems - expected).max() < 1e-4
+
+
 @pytest.mark.usefixtures("threads")
 def test_run_in_bfloat16_is_finite(data: Path) -> None:
     """As on CUDA, where autocast is on."""
@@ -254,7 +276,7 @@ def test_take_has_the_melodys_pitch(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "buzz.wav", 0.2 * buzz, 16_000)
     voice = Voice("buzz", (tmp_path / "buzz.wav",))
     melody = [MelodyNote(0.2, 1.0, 0), MelodyNote(1.2, 1.0, 7)]
-    take = sing(voice, melody, 3 * RATE_HZ, np.random.default_rng(4))
+    take = sing(voice, melody, 45, 3 * RATE_HZ, np.random.default_rng(4))
     assert take.shape == (3 * RATE_HZ,)
     assert np.isclose(np.abs(take).max(), 0.5)
     found_hz = []
@@ -263,5 +285,7 @@ def test_take_has_the_melodys_pitch(tmp_path: Path) -> None:
         correlation = np.correlate(part, part, "full")[len(part) :]
         low, high = RATE_HZ // 500, RATE_HZ // 100
         found_hz.append(RATE_HZ / (low + 1 + correlation[low:high].argmax()))
-    ratio = 12 * np.log2(found_hz[1] / found_hz[0])
-    assert abs(ratio - 7) < 1.0  # vibrato of half a semitone, drift
+    pitches = 69 + 12 * np.log2(np.array(found_hz) / 440)
+    # An A, and the E above it; vibrato of half a semitone, drift.
+    assert abs((pitches[0] - 45 + 6) % 12 - 6) < 0.8
+    assert abs(pitches[1] - pitches[0] - 7) < 1.0

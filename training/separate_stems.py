@@ -174,7 +174,7 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        assert state["network"] == _as_text(self.options.network), "another network's checkpoint"
+        _require_same(self.checkpoint, state["network"], self.options.network)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -315,8 +315,16 @@ def read_weights(path: Path, network: Mapping[str, Any]) -> dict[str, Tensor]:
     """The arrays of a `model.th` of the same network."""
     with torch.serialization.safe_globals([HTDemucs, Fraction]):
         package = torch.load(path, map_location="cpu", weights_only=True)
-    assert _as_text(package["kwargs"]) == _as_text(network), f"{path} holds another network"
+    _require_same(path, _as_text(package["kwargs"]), network)
     return {name: value.float() for name, value in package["state"].items()}
+
+
+def _require_same(path: Path, found: str, network: Mapping[str, Any]) -> None:
+    if found != (wanted := _as_text(network)):
+        raise SystemExit(
+            f"{path} holds the network {found}, this run trains {wanted}: give its --network, or "
+            "another --out."
+        )
 
 
 def _as_text(network: Mapping[str, Any]) -> str:

@@ -11,9 +11,10 @@ sings a melody over the same chords (`training/sung_voices.py`), with reverb and
     OUT/train/song-0000/{drums,bass,other,vocals}.flac, song.json (what played, and its notes)
     OUT/test/...                                      a SoundFont, voices and grooves of its own
 
-Song n is the same wherever it is made, and what is there is not made again. A machine without
-voices or pyworld takes the takes that are there, over and over; so notes, SoundFonts and takes
-travel, and songs are rendered where they are used (CONTRIBUTING.md, "Four stems").
+Of the same notes and SoundFonts song n is the same wherever it is made; what is there is not made
+again. Song n is sung over by take n; where there are fewer takes, by one of another song, since they
+are shuffled in training anyway. So notes, SoundFonts and takes travel to a machine without voices
+and pyworld, and songs are rendered there (CONTRIBUTING.md, "Four stems").
 """
 
 from __future__ import annotations
@@ -98,12 +99,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Draw:
-    """Song n of a split, decided but not played."""
+    """Song n of a split, decided but not played; `shift` semitones above its chords."""
 
     family: str
     beats_per_bar: int
     tempo_bpm: float
     chords: NDArray[np.int16]
+    shift: int
     parts: tuple[Part, ...]
     seconds: float
 
@@ -185,7 +187,7 @@ def draw_song(material: Material, index: int) -> Draw:
             for note in melody
         )
         parts.append(_part(material, "lead", notes, rng))
-    return Draw(song.family, beats, tempo_bpm, chords, tuple(parts), material.seconds)
+    return Draw(song.family, beats, tempo_bpm, chords, shift, tuple(parts), material.seconds)
 
 
 def _part(
@@ -356,14 +358,15 @@ def make_take(material: Material, voices: Path, index: int) -> str:
     if not of_split:
         raise SystemExit(f"{voices} has no voice for {material.split}: scripts/get-stem-material.")
     voice = of_split[index % len(of_split)]
+    middle = int(rng.integers(55, 67))
     melody: list[MelodyNote] = draw_melody(
-        draw.chords, draw.beats_per_bar, 60 / draw.tempo_bpm, int(rng.integers(55, 67)), rng
+        draw.chords, draw.beats_per_bar, 60 / draw.tempo_bpm, middle, rng
     )
     length = round(draw.seconds * SAMPLE_RATE_HZ)
     melody = [note for note in melody if note.onset_s < draw.seconds - PAD_S]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
-    take = sing(voice, melody, length, rng)
+    take = sing(voice, melody, middle + draw.shift, length, rng)
     soundfile.write(partial_path, take, SAMPLE_RATE_HZ, "VORBIS", format="OGG")
     partial_path.rename(path)
     return f"take {path.name} by {voice.name}"
@@ -449,8 +452,22 @@ def _made(make: Any, count: int, workers: int) -> Iterator[str]:
     if workers == 1:
         yield from map(make, range(count))
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(make, range(count))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _remember, (make,)) as pool:
+        yield from pool.imap_unordered(_make_one, range(count))
+
+
+_make_in_worker: list[Any] = []
+
+
+def _remember(make: Any) -> None:
+    """In a worker, once: the material is tens of megabytes."""
+    _make_in_worker.append(make)
+
+
+def _make_one(index: int) -> str:
+    name: str = _make_in_worker[0](index)
+    return name
 
 
 if __name__ == "__main__":

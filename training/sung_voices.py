@@ -78,13 +78,18 @@ def read_mono(path: Path) -> tuple[Floats, int]:
 
 
 def sing(
-    voice: Voice, melody: Sequence[MelodyNote], length_samples: int, rng: np.random.Generator
+    voice: Voice,
+    melody: Sequence[MelodyNote],
+    middle: int,
+    length_samples: int,
+    rng: np.random.Generator,
 ) -> NDArray[np.float32]:
     """A take: [length_samples] at 44.1 kHz, mono, dry, peak 0.5.
 
     Args:
         voice: who sings; recordings are drawn at random.
-        melody: pitches are semitones around the voice's own comfortable middle.
+        melody: its pitches are semitones from the middle.
+        middle: MIDI pitch; moved by octaves to a little above where the voice speaks.
         length_samples: of the take.
         rng: draws recordings, tempo of speech, vibrato.
     """
@@ -95,7 +100,7 @@ def sing(
         for analysis in _spoken(voice, rng):
             voiced = analysis.f0_hz[analysis.f0_hz > 0]
             if not middle_hz:
-                middle_hz = float(np.median(voiced)) * 2.0 ** rng.uniform(0.1, 0.6)
+                middle_hz = _in_range(middle, float(np.median(voiced)), rng)
             frames = _drawn_out(analysis.f0_hz > 0, rng.uniform(1.2, 2.2))
             frames = frames[: round((end_s - at_s) / FRAME_S)]
             times_s: Floats = at_s + FRAME_S * np.arange(len(frames), dtype=np.float64)
@@ -117,6 +122,13 @@ def sing(
                 break
     peak = np.abs(take).max()
     return (take * (0.5 / peak if peak > 0 else 1.0)).astype(np.float32)
+
+
+def _in_range(middle: int, spoken_hz: float, rng: np.random.Generator) -> float:
+    """The octave of a MIDI pitch that is nearest to what the voice would sing in, in Hz."""
+    middle_hz = 440.0 * 2.0 ** ((middle - 69) / 12)
+    comfortable_hz = spoken_hz * 2.0 ** rng.uniform(0.1, 0.6)
+    return float(middle_hz * 2.0 ** np.round(np.log2(comfortable_hz / middle_hz)))
 
 
 def _phrases(melody: Sequence[MelodyNote]) -> list[list[MelodyNote]]:
