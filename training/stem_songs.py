@@ -12,9 +12,9 @@ sings a melody over the same chords (`training/sung_voices.py`), with reverb and
     OUT/test/...                                      a SoundFont, voices and grooves of its own
 
 Of the same notes and SoundFonts song n is the same wherever it is made; what is there is not made
-again. Song n is sung over by take n; where there are fewer takes, by one of another song, since they
-are shuffled in training anyway. So notes, SoundFonts and takes travel to a machine without voices
-and pyworld, and songs are rendered there (CONTRIBUTING.md, "Four stems").
+again. Song n is sung over by take n, or, where there are fewer takes, by one of another song:
+training shuffles them anyway. So notes, SoundFonts and takes travel to a machine without voices and
+pyworld, and songs are rendered there (CONTRIBUTING.md, "Four stems").
 """
 
 from __future__ import annotations
