@@ -36,7 +36,16 @@ from training.separate_stems import (
     spectra_loss,
 )
 from training.stem_data import STEMS, Augmentation, Examples, example, find_tracks, read_stem
-from training.stem_songs import Material, Part, draw_song, find_fonts, make_song, play
+from training.stem_songs import (
+    HELD_OUT_VOICES,
+    Material,
+    Part,
+    draw_song,
+    find_fonts,
+    find_voices,
+    make_song,
+    play,
+)
 from training.sung_voices import Voice, sing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,6 +276,31 @@ def test_song_has_its_stems_and_notes_and_is_made_once(
     (tmp_path / "train/song-0001").rename(tmp_path / "away")
     make_song(material, 1)
     assert (tmp_path / "train/song-0001/bass.flac").read_bytes() == before
+
+
+def test_speakers_of_the_packages_are_told_apart(tmp_path: Path) -> None:
+    for path in (
+        "asterisk/sounds/en_US_f_Allison/digits/1.g722",
+        "asterisk/sounds/es_MX_f_Allison/hello.g722",
+        "asterisk/sounds/it_IT_m_Carlo/beep.g722",
+        "games/fillets-ng/sound/city/cs/vit-m-hlava.ogg",
+        "games/fillets-ng/sound/city/cs/vit-v-hlava.ogg",
+        "games/fillets-ng/music/menu.ogg",
+        "tuxpaint/stamps/animals/dog_desc_fr.ogg",
+        "tuxpaint/stamps/animals/dog.ogg",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    found = {voice.name: len(voice.recordings) for voice in find_voices(tmp_path)}
+    # One woman speaks English and Spanish; music and barking are no voices.
+    assert found == {
+        "Allison": 2,
+        "fillets-big": 1,
+        "fillets-small": 1,
+        "it_IT_m_Carlo": 1,
+        "tuxpaint": 1,
+    }
+    assert HELD_OUT_VOICES & found.keys() == {"it_IT_m_Carlo"}
 
 
 def test_take_has_the_melodys_pitch(tmp_path: Path) -> None:
