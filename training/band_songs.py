@@ -300,7 +300,7 @@ def read_midi(path: Path, end_steps: int) -> STEPS:
 
 def prepare_mma(mma: Path, folder: Path) -> Path:
     """A working copy of MMA with its groove database, made once; returns its folder."""
-    home = folder / "mma"
+    home = (folder / "mma").resolve()  # it is run from there
     if not (home / "ready").exists():
         shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(mma, home)
