@@ -74,6 +74,7 @@ LEVELS_DB = {"drums": (-20.0, 3.0), "bass": (-21.0, 3.0), "other": (-20.0, 4.0),
 """RMS of a stem, and its spread; then the song is brought to a peak of 0.9."""
 
 PAD_S = 0.5
+"""No sung note begins so close to the end."""
 
 
 @dataclass(frozen=True)
