@@ -56,6 +56,9 @@ BOUNDS_DB: Mapping[str, float] = {"drums": 6.0, "bass": 6.0, "other": 3.0, "voca
 LEAK_BOUND_DB = -10.0
 """Of a real guitar, in the stems that it does not belong to."""
 
+FOUND_BOUND_DB = -3.0
+"""Of the guitar, in `other`: a model that is silent leaks nothing."""
+
 NOTES_BOUND = 0.05
 """By which note F1 has to be above transcribing the accompaniment whole."""
 
@@ -406,6 +409,10 @@ def misses(result: Mapping[str, Any], model: str | None) -> list[str]:
         for stem in ("bass", "vocals")
         if stem not in leaks or not leaks[stem] < LEAK_BOUND_DB
     ]
+    if not leaks.get("other", -np.inf) > FOUND_BOUND_DB:
+        found.append(
+            f"guitar in other: {leaks.get('other')} dB, above {FOUND_BOUND_DB} dB is wanted"
+        )
     for stem in ("bass", "other"):
         f1, whole = (result["note_f1"][name][stem] for name in (model, SPLEETER))
         if not f1 >= whole + NOTES_BOUND:

@@ -96,17 +96,19 @@ def test_misses_are_found_and_a_missing_model_is_one() -> None:
 
     result: dict[str, Any] = {
         "stems": {"ours": row(7.0), "mixture": row(-5.0), SPLEETER: {"vocals": row(6.5)["vocals"]}},
-        "guitar_leak_db": {"ours": {"bass": -12.0, "vocals": -11.0}},
+        "guitar_leak_db": {"ours": {"bass": -12.0, "other": -1.0, "vocals": -11.0}},
         "note_f1": {"ours": {"bass": 0.7, "other": 0.5}, SPLEETER: {"bass": 0.6, "other": 0.45}},
     }
     assert misses(result, "ours") == []
     assert len(misses(result, None)) == 1
     result["stems"][SPLEETER]["vocals"]["sdr_db"] = 7.5
     result["guitar_leak_db"]["ours"]["bass"] = -9.0
+    result["guitar_leak_db"]["ours"]["other"] = -9.0
     result["note_f1"]["ours"]["other"] = 0.49
     assert [miss.split(":")[0] for miss in misses(result, "ours")] == [
         "vocals",
         "guitar in bass",
+        "guitar in other",
         "notes of other",
     ]
     assert "MISSED: vocals" in as_text({**result, "misses": misses(result, "ours")})
