@@ -62,10 +62,10 @@ bench: export-environment  ## separation, remix and the small ones; writes bench
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
 
-# SMOKE=1: the smallest set of songs, a tiny network, three minutes; ends with 1 unless its loss fell.
+# SMOKE=1: the smallest set of songs, a tiny network, two minutes; ends with 1 unless its loss fell.
 STEM_DATA := .cache/training/$(if $(SMOKE),smoke_)stems
 STEM_SONGS := $(if $(SMOKE),--songs 6 --held-out-songs 3 --takes 6 --seconds 20)
-STEM_RUN := $(if $(SMOKE),--network smoke --minutes 3 --batch 2 --segment-s 2 --learning-rate 1e-3 \
+STEM_RUN := $(if $(SMOKE),--network smoke --minutes 2 --batch 2 --segment-s 2 --learning-rate 5e-4 \
 	--warmup-steps 20 --averaging 0.95 --evaluate-every 25 --device cpu --must-fall \
 	--out .cache/training/smoke_separate_stems)
 
