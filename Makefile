@@ -66,9 +66,29 @@ SERVICE_BENCHMARKS := admission jobs quote song_cost
 .PHONY: bench
 bench: export-environment  ## separation, remix and the small ones; writes benchmarks/results/
 	@.venv-dev/bin/python -m export.install --hub "$$HUB"
-	for module in $(filter-out __init__ decoding eval_generate export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for module in $(filter-out __init__ decoding eval_generate eval_stems export paper_way $(SERVICE_BENCHMARKS),$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 		.venv-dev/bin/python -m benchmarks.$$module; \
 	done
+
+# SMOKE=1: the smallest set of songs, a tiny network, two minutes; ends with 1 unless its loss fell.
+STEM_DATA := .cache/training/$(if $(SMOKE),smoke_)stems
+STEM_SONGS := $(if $(SMOKE),--songs 6 --held-out-songs 3 --takes 6 --seconds 20)
+STEM_RUN := $(if $(SMOKE),--network smoke --minutes 2 --batch 2 --segment-s 2 --learning-rate 5e-4 \
+	--warmup-steps 20 --averaging 0.95 --evaluate-every 25 --device cpu --must-fall \
+	--out .cache/training/smoke_separate_stems)
+
+.PHONY: train-stems
+train-stems: export-environment  ## train a separator of four stems; SMOKE=1 some minutes on a CPU
+	@scripts/get-stem-material $(if $(SMOKE),smoke)
+	@.venv-dev/bin/python -m training.stem_songs --out $(STEM_DATA) $(STEM_SONGS)
+	.venv-dev/bin/python -m training.separate_stems --data $(STEM_DATA) $(STEM_RUN)
+
+.PHONY: eval-stems
+eval-stems: export-environment  ## separation of held-out songs: make eval-stems MODEL=name
+	@.venv-dev/bin/python -m export.install --hub "$$HUB"
+	@scripts/get-stem-material && scripts/get-stem-material evaluation
+	@.venv-dev/bin/python -m training.stem_songs --songs 0 --held-out-songs 12
+	.venv-dev/bin/python -m benchmarks.eval_stems $${MODEL:+--model "$$MODEL"}
 
 .PHONY: export-check
 export-check: export-environment  ## every architecture at full size: exported, compared, perturbed

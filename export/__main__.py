@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="of the artefact that is served")  # fmt: skip
     parser.add_argument("--weights", choices=["published", "trained-here", "random"],
                         default="trained-here", help="what a new MODEL's are")  # fmt: skip
+    parser.add_argument("--rank", type=int,
+                        help="of a new MODEL; the highest of a stage is the default")  # fmt: skip
     parser.add_argument("--licence", default="not stated", help="of a new MODEL's weights")
     parser.add_argument("--models", type=Path, default=read_settings().models_dir)
     parser.add_argument("--manifest", type=Path, default=MANIFEST_PATH)
@@ -136,6 +138,8 @@ def finish(
         entry = replace(entry, max_batch=known.max_batch, backend=backend)
     else:
         entry = replace(entry, origin={"kind": "checkpoint"})
+        if options.rank is not None:
+            entry = replace(entry, rank=options.rank)
     if found:
         chosen, device = found["chosen"], options.device
         chosen_backend = chosen["variant"] if options.precision == "fp32" else ONNX

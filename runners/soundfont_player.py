@@ -1,4 +1,4 @@
-"""notes -> samples, by FluidSynth; the only importer of its library.
+"""notes -> samples, by FluidSynth; of what serves the only importer of its library.
 
 The same notes always give the same samples, whatever was played before: each request has a new
 synthesizer (a used voice starts its next note from the last one's pan), and reverb and chorus,
