@@ -37,15 +37,11 @@ NOTES_PER_S = 8
 (jobs/work.py, NOTE_S)."""
 
 POLLS_PER_S = 2.4
-"""Transactions of a composer: two each second for what there is to do, leases four times in ten
-seconds (jobs/worker.py, POLL_S, LEASES_RENEWED)."""
+"""Transactions of a composer: two each second for what there is to do (jobs/workflow.py, POLL_S),
+leases four times in ten seconds (jobs/worker.py, LEASES_RENEWED)."""
 
-REMIX_BYTES_PER_SONG_S = 2 * 2 * 44_100
-"""remix.wav: 16 bits, stereo. The song itself, the stems and the voice are about as much again,
-each."""
-
-FILES_PER_JOB = 4
-"""Of that size: remix, vocals, accompaniment, voice."""
+FILE_BYTES_PER_SONG_S = (2 + 4 + 4 + 2) * 2 * 44_100
+"""Stereo: remix and voice in 16 bits, two stems in 32. The cache of windows comes besides."""
 
 CONNECTIONS_PER_COMPOSER = 500
 """One to each replica of each runner, kept alive by a ping every 5 s. Where it hurts was not
@@ -156,7 +152,7 @@ def size_for(songs_per_hour: int, cost: Cost, song_s: float = SONG_S) -> Size:
         cells=cells,
         wire_bits_per_s=8 * per_s * song_s * cost.wire_bytes,
         transactions_per_s=in_flight * NOTES_PER_S + replicas["composer"] * POLLS_PER_S,
-        files_bytes_per_day=24 * songs_per_hour * song_s * REMIX_BYTES_PER_SONG_S * FILES_PER_JOB,
+        files_bytes_per_day=24 * songs_per_hour * song_s * FILE_BYTES_PER_SONG_S,
     )
 
 

@@ -82,7 +82,6 @@ topologySpreadConstraints:
 {{/* Up at once, down slowly: a start costs the models' loading. Without Prometheus, as it is. */}}
 {{- define "scaling" -}}
 pollingInterval: 15
-fallback: { failureThreshold: 4, replicas: {{ . }} }
 advanced:
   horizontalPodAutoscalerConfig:
     behavior:
