@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from pathlib import Path
 
@@ -133,6 +134,13 @@ class Song:
     header: tuple[int, int, int]
     chords: STEPS
     notes: STEPS
+
+    @cached_property
+    def by_bar(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The bars of its notes, ascending, and which note each is of."""
+        bars = self.notes[:, 1].astype(np.int64) // (self.header[0] * STEPS_PER_BEAT)
+        order = np.argsort(bars, kind="stable")
+        return bars[order], order
 
 
 def find_mma() -> Path:

@@ -179,7 +179,7 @@ def _bar_rows(song: Song, index: int, drummer: Song | None) -> list[list[int]]:
     steps = song.header[0] * STEPS_PER_BEAT
     rows = []
     for source in (song, drummer or song):
-        bars, order = _indexed(source)
+        bars, order = source.by_bar
         begin, end = np.searchsorted(bars, (index, index + 1))
         for track, onset, duration, pitch, velocity in source.notes[order[begin:end]].tolist():
             is_wanted = drummer is None or (track == DRUMS) == (source is drummer)
@@ -201,21 +201,11 @@ def _swing_table(song: Song) -> list[int]:
 
 
 _NEAREST = [nearest_duration_steps(steps) for steps in range(1025)]
-_INDEX: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
 
 
 def nearest_duration(steps: int) -> int:
     """`nearest_duration_steps` from a table."""
     return _NEAREST[min(steps, 1024)]
-
-
-def _indexed(song: Song) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    found = _INDEX.get(id(song))
-    if found is None:
-        bars = song.notes[:, 1].astype(np.int64) // (song.header[0] * STEPS_PER_BEAT)
-        order = np.argsort(bars, kind="stable")
-        found = _INDEX[id(song)] = (bars[order], order)
-    return found
 
 
 def song_tokens(
