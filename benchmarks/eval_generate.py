@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,12 +48,14 @@ from benchmarks.generation.written import (
     validity,
 )
 from remix.chords import estimate_chords, pitch_class_profiles
+from remix.errors import NotFound
 from remix.generate_notes import plan_song
 from remix.manifest import MANIFEST_PATH
 from remix.note_tokens import CHORD_QUALITIES, DRUMS, NO_CHORD
 from remix.notes import BeatGrid, Note
 from remix.options import GenerateOptions
-from training.band_songs import UNPACK, Song, find_mma, make_songs
+from training.band_songs import Song, find_mma, make_songs
+from training.debian import unpack
 from training.generate_notes import split_songs
 from training.midi_songs import read_songs
 
@@ -94,11 +95,12 @@ def chord_recognition(songs: Sequence[Song]) -> dict[str, float]:
 
 def other_music() -> dict[str, list[Song]]:
     """Pieces that nothing was trained on, of a game; none where they are not to be had."""
-    done = subprocess.run([UNPACK, OTHER_MUSIC], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{done.stderr.strip()} It is left out.")
+    try:
+        [folder] = unpack(OTHER_MUSIC)
+    except NotFound as error:
+        print(f"{error} It is left out.")
         return {}
-    paths = sorted(Path(done.stdout.strip()).rglob("*.mid"))
+    paths = sorted(folder.rglob("*.mid"))
     return {OTHER_MUSIC: [song for path in paths for song in read_songs(path)]}
 
 
@@ -149,6 +151,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.only:
         known = json.loads(arguments.out.read_text())
         result, seconds = {**known, **result}, known["seconds"]
+    if unknown := set(arguments.only or ()) - set(steps):
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: there are {', '.join(steps)}.")
     for name in arguments.only or steps:
         begin_s = time.perf_counter()
         result[name] = steps[name]()

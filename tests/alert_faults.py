@@ -100,7 +100,7 @@ class Servers:
 @contextmanager
 def prometheus(folder: Path, urls: dict[str, str]) -> Iterator[str]:
     """A Prometheus that looks at these twice a second."""
-    program = shutil.which("prometheus") or ROOT / ".cache/prometheus/usr/bin/prometheus"
+    program = shutil.which("prometheus") or ROOT / ".cache/debian/prometheus/usr/bin/prometheus"
     assert Path(program).exists(), "there is no Prometheus: `make alert-faults` fetches it"
     rules = yaml.safe_load((ROOT / "docker/prometheus/alerts.yml").read_text())
     for group in rules["groups"]:

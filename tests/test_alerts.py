@@ -57,7 +57,7 @@ def test_runbooks_are_those_of_the_alerts_in_their_order() -> None:
 
 
 def promtool() -> str:
-    unpacked = ROOT / ".cache/prometheus/usr/bin/promtool"
+    unpacked = ROOT / ".cache/debian/prometheus/usr/bin/promtool"
     found = shutil.which("promtool") or (str(unpacked) if unpacked.exists() else None)
     if found is None:
         # `make test` fetches it by apt, and fails where that fails; other systems have no such

@@ -28,7 +28,7 @@ import mido
 import numpy as np
 import numpy.typing as npt
 
-from remix.errors import InvalidNotes, NotFound
+from remix.errors import InvalidNotes
 from remix.midi import DRUM_CHANNEL
 from remix.note_tokens import (
     CHORD_QUALITIES,
@@ -42,11 +42,10 @@ from remix.note_tokens import (
     STYLES,
     tempo_class,
 )
+from training.debian import unpack
 
 MMA = Path("/usr/share/mma")
 """Where Debian's package puts it."""
-
-UNPACK = Path(__file__).resolve().parent.parent / "scripts/unpack-debian"
 
 FILE_SONGS = 100
 LONGEST_STEPS = DURATIONS_STEPS[-1]
@@ -151,13 +150,8 @@ def find_mma() -> Path:
     """
     if MMA.is_dir():
         return MMA
-    done = subprocess.run([UNPACK, "mma"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NotFound(
-            f"MMA is not in {MMA}, and {UNPACK.name} did not get it: {done.stderr.strip()}",
-            remedy="Install Debian's package mma, or name its folder by --mma.",
-        )
-    return Path(done.stdout.strip(), "usr/share/mma")
+    [folder] = unpack("mma")
+    return folder / "usr/share/mma"
 
 
 def groove_files(mma: Path) -> list[GrooveFile]:

@@ -31,6 +31,7 @@ from remix.audio_codec import encode
 from remix.consent import read_consent
 from remix.settings import read_settings
 from remix.vocal_frames import SAMPLE_RATE_HZ
+from training.debian import unpack
 from training.samples import read_recording as read_file
 from training.samples import speaker_of
 from training.voice_data import read_recording
@@ -128,14 +129,8 @@ def recordings(which: str) -> list[Floats]:
     package, inside = PACKAGES[which]
     folder = Path("/") / inside
     if not folder.is_dir():
-        unpacked = ROOT / ".cache" / "sources" / package
+        [unpacked] = unpack(package)
         folder = unpacked / inside
-        if not folder.is_dir():
-            unpacked.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["apt-get", "download", "-qq", package], cwd=unpacked, check=True)
-            (archive,) = unpacked.glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", archive.name, "."], cwd=unpacked, check=True)
-            archive.unlink()
     paths = sorted(path for path in folder.glob("*.g722") if path.stat().st_size > 3 * 8000)
     order = np.random.default_rng(3).permutation(len(paths))
     return [read_recording(paths[index]) for index in order[: N_SAMPLES + N_STATEMENT]]

@@ -6,12 +6,11 @@ a voice by: formants, consonants, harmonics that glide. Recordings of 16 kHz get
 shaped by what is below it, so that a voice is not what ends at 8 kHz.
 
 Source: Morise, Yokomori, Ozawa 2016, "WORLD: a vocoder-based high-quality speech synthesis
-system"; the analysis is its DIO, StoneMask, CheapTrick and D4C (pyworld 0.3.5).
+system"; the analysis is its DIO, StoneMask, CheapTrick and D4C (pyworld 0.3.6).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,10 @@ from typing import Any
 
 import av
 import numpy as np
+import pyworld
 from numpy.typing import NDArray
 
 from training.melodies import MelodyNote
-
-with warnings.catch_warnings():  # it asks setuptools for its own version
-    warnings.simplefilter("ignore")
-    import pyworld
 
 Floats = NDArray[np.float64]
 

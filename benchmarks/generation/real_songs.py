@@ -9,7 +9,6 @@ profiles (key), Essentia's RhythmExtractor2013 and KeyExtractor.
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.generation import Check
 from benchmarks.generation.written import Band, is_on_grid
 from remix.audio import Audio, Samples
 from remix.beats import find_beats
+from remix.errors import NotFound
 from remix.generate_notes import HeardNotes, plan_song
 from remix.manifest import read_manifest
 from remix.options import GenerateOptions
@@ -34,7 +34,7 @@ from remix.settings import read_settings
 from remix.stages import Tensors
 from remix.transcribe_notes import Transcriber, transcribe_stems
 from runners.transcribe_notes import BasicPitch
-from training.band_songs import UNPACK
+from training.debian import unpack
 
 Floats = NDArray[np.float64]
 
@@ -86,10 +86,11 @@ class Record:
 
 def fetch() -> list[Path]:
     """The songs' folders; none where Debian's packages are not to be had."""
-    done = subprocess.run([UNPACK, *PACKAGES], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{done.stderr.strip()} What takes real songs is left out.")
-    roots = [Path(line) for line in done.stdout.splitlines()]
+    try:
+        roots = unpack(*PACKAGES)
+    except NotFound as error:
+        print(f"{error} What takes real songs is left out.")
+        return []
     return sorted(path.parent for root in roots for path in root.rglob("notes.mid"))
 
 
