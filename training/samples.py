@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.pitch_estimator import load_pitch_estimator
 from remix.audio_codec import Limits, decode
 from remix.consent import Consent
-from remix.errors import InvalidAudio, NoConsent
+from remix.errors import InvalidAudio, NoConsent, RemixError
 from remix.loudness import LoudnessMeter, gated_lufs
 from remix.pitch import MIN_CONFIDENCE, clean_pitch, loud_level_db
 from remix.resample import resample, to_mono
@@ -164,7 +164,11 @@ def read_recording(path: Path) -> Recording:
     Raises:
         InvalidAudio, LimitExceeded: as `remix.audio_codec.decode`.
     """
-    audio = asyncio.run(decode(path, LIMITS))
+    try:
+        audio = asyncio.run(decode(path, LIMITS))
+    except RemixError as error:  # of how many files, which
+        parts = {**error.parts(), "message": f"{path.name}: {error.message}"}
+        raise type(error)(**parts) from error
     at_edge = (np.abs(audio.samples) >= CLIPPED).any(axis=0)
     runs = np.convolve(at_edge, np.ones(3), "same") >= 3
     mono = resample(to_mono(audio.samples), audio.sample_rate_hz, SAMPLE_RATE_HZ)[0]
